@@ -1,0 +1,184 @@
+/**
+ * The whole contract between TypeScript and the native addon; its other side is `native/addon/addon.cc`.
+ *
+ * TypeScript validates everything before a call and speaks to people; the addon checks sizes again where a lie would touch
+ * memory, and rejects with an `Error` whose `code` is one of `NativeErrorCode`. Work runs on the addon's threads; every
+ * buffer passed in stays untouched by JavaScript until the promise settles.
+ */
+
+export type NativeErrorCode = 'NATIVE_ARGUMENT' | 'NATIVE_IO' | 'NATIVE_MEMORY' | 'NATIVE_CPU' | 'NATIVE_BUSY';
+
+/** Instruction sets that kernels are compiled for, weakest first. */
+export const KERNEL_SETS = ['scalar', 'neon', 'avx2', 'avx512'] as const;
+export type KernelSet = (typeof KERNEL_SETS)[number];
+
+export interface CpuReport {
+  /** Kernel sets that this CPU can run, weakest first. The last is the default. */
+  kernelSets: KernelSet[];
+  /** CPU features that the kernels use and this CPU has, e.g. `avx2 fma f16c avx512f avx512_vnni`. */
+  features: string[];
+  /** Cores this process may run on. */
+  cores: number;
+}
+
+/** Number types of source tensors, as safetensors spells them. */
+export type SourceType = 'F32' | 'F16' | 'BF16';
+
+/**
+ * Where encoded vectors go: vector number v (see `order`) has its weights at
+ * `floor(v / perUnit) * unitBytes + (v % perUnit) * weightsStride + weightsOffset`, and its scales likewise.
+ * A plain tensor has perUnit 1, unitBytes = weightsStride = the row's bytes.
+ */
+export interface Placement {
+  perUnit: number;
+  unitBytes: number;
+  weightsOffset: number;
+  weightsStride: number;
+  scalesOffset: number;
+  scalesStride: number;
+}
+
+export interface EncodeRowsRequest {
+  /** Row-major source, `rows` x `columns` numbers of `sourceType`. */
+  source: Uint8Array;
+  sourceType: SourceType;
+  rows: number;
+  columns: number;
+  encoding: 'f32' | 'f16' | 'q8' | 'q4';
+  target: Uint8Array;
+  placement: Placement;
+  /** Number of the vector that source row r becomes: `order[r]` if given, else `firstVector + r`. */
+  firstVector: number;
+  order?: Uint32Array;
+  threads: number;
+}
+
+/**
+ * Encodes a band of a matrix whose **columns** are the vectors (Down: column i belongs to neuron i). The band has `rows` rows
+ * beginning at matrix row `firstElement` (a multiple of 256), and `columns` columns = vectors. Elements past the band of the
+ * last partial group are padded with zero.
+ */
+export interface EncodeColumnsRequest extends EncodeRowsRequest {
+  firstElement: number;
+}
+
+/** A number that cannot be stored: NaN or infinite, or too large for f16. Row and column of the source as given. */
+export interface BadNumber {
+  row: number;
+  column: number;
+  value: number;
+}
+
+/** A tensor of `resident.bin`, at an absolute file offset. */
+export interface NativeTensor {
+  name: string;
+  offset: number;
+  bytes: number;
+  encoding: 'f32' | 'f16' | 'q8' | 'q4';
+  rows: number;
+  columns: number;
+}
+
+export interface EngineRequest {
+  residentPath: string;
+  neuronsPath: string;
+  /** Everything but checksums. */
+  tensors: NativeTensor[];
+  /** One entry for each layer and expert (layer-major): where its bundles begin in `neurons.bin`. */
+  expertOffsets: number[];
+  layout: {
+    matrices: number;
+    part1Bytes: number;
+    part2Bytes: number;
+    neuronsPerUnit: number;
+    unitBytes: number;
+    part1Stride: number;
+    part2Offset: number;
+    part2Stride: number;
+  };
+  ffnEncoding: 'f16' | 'q8' | 'q4';
+  hiddenSize: number;
+  layerCount: number;
+  headCount: number;
+  kvHeadCount: number;
+  headDim: number;
+  neuronCount: number;
+  vocabSize: number;
+  normKind: 'rms' | 'layer';
+  normEpsilon: number;
+  /** Rotary frequencies, head_dim/2 of them, scaling applied; empty for learned positions. */
+  ropeFrequencies: Float32Array;
+  /** For each layer; 0 is unlimited. */
+  windows: number[];
+  gated: boolean;
+  activation: 'silu' | 'relu' | 'drelu' | 'fatrelu';
+  threshold: number;
+  /** 1 and 1 for a dense FFN. */
+  expertCount: number;
+  expertsPerToken: number;
+  /** Positions the KV cache holds. */
+  contextLength: number;
+  threads: number;
+  /** Absent: the best this CPU has. */
+  kernelSet?: KernelSet;
+  /** Most tokens computed together in a step; longer steps are cut into pieces of it. */
+  batchSize: number;
+}
+
+export interface StepRequest {
+  /** Tokens of one sequence at positions `position`, `position + 1`, …; the KV cache below `position` must be filled. */
+  tokens: Int32Array;
+  position: number;
+  /** Receives logits: of every token if `all`, else of the last. vocabSize floats for each. */
+  logits: Float32Array;
+  all: boolean;
+}
+
+/** Counters since open. Bytes are weight bytes the kernels read. */
+export interface EngineCounters {
+  tokens: number;
+  weightBytesRead: number;
+  kvBytesRead: number;
+  /** Neurons that fired and neurons there were, over layers and tokens (routed experts only). */
+  neuronsFired: number;
+  neuronsSeen: number;
+  /** Bytes held: weights, KV cache, scratch. Fixed at open. */
+  weightBytes: number;
+  kvBytes: number;
+  scratchBytes: number;
+}
+
+/** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
+export interface NativeEngine {
+  readonly kernelSet: KernelSet;
+  step(request: StepRequest): Promise<void>;
+  counters(): EngineCounters;
+  /** Frees all memory; later calls are refused. Waits for a running step. */
+  close(): Promise<void>;
+}
+
+export interface NativeAddon {
+  cpu(): CpuReport;
+  encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
+  encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
+  /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
+  decodeRows(request: {
+    source: Uint8Array;
+    rows: number;
+    columns: number;
+    encoding: 'f32' | 'f16' | 'q8' | 'q4';
+    placement: Placement;
+  }): Float32Array;
+  /** CRC-32 (IEEE) of `bytes`, continuing from `seed` (0 at first), off the JavaScript thread. */
+  crc32(bytes: Uint8Array, seed: number): Promise<number>;
+  /** CRC-32 of part 1 and part 2 of `neurons` bundles laid out from the start of `units`: 2 numbers a neuron. */
+  bundleChecksums(request: {
+    units: Uint8Array;
+    neurons: number;
+    layout: EngineRequest['layout'];
+    threads: number;
+  }): Promise<Uint32Array>;
+  openEngine(request: EngineRequest): Promise<NativeEngine>;
+  /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
+  measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
+}

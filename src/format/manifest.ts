@@ -1,0 +1,75 @@
+import { z } from 'zod';
+import { ENCODINGS } from './encoding.js';
+import { hyperparametersSchema } from './hyperparameters.js';
+
+/** Version of the format this program writes, and the newest it reads. */
+export const FORMAT_VERSION = 1;
+
+export const MANIFEST_FILE = 'model.json';
+export const RESIDENT_FILE = 'resident.bin';
+export const NEURONS_FILE = 'neurons.bin';
+
+/** What `convert --quant` takes. Frozen: these names are on disk. */
+export const QUANTIZATIONS = ['q4', 'q8', 'f16'] as const;
+export type QuantizationName = (typeof QUANTIZATIONS)[number];
+
+const bytes = z.number().int().min(0).max(Number.MAX_SAFE_INTEGER);
+const count = z.number().int().min(1).max(Number.MAX_SAFE_INTEGER);
+const encoding = z.enum(ENCODINGS);
+
+export const extentSchema = z.strictObject({
+  name: z.string().min(1),
+  file: z.enum([RESIDENT_FILE, NEURONS_FILE]),
+  offset: bytes,
+  bytes: count,
+  /** CRC-32 of the extent's bytes, 8 lower-case hex digits. */
+  crc32: z.string().regex(/^[0-9a-f]{8}$/),
+});
+
+export const tensorSchema = z.strictObject({
+  name: z.string().min(1),
+  extent: z.string().min(1),
+  /** From the extent's first byte. */
+  offset: bytes,
+  bytes: count,
+  /** `u32` is for checksums only. */
+  encoding: z.enum([...ENCODINGS, 'u32']),
+  rows: count,
+  columns: count,
+});
+
+export const manifestSchema = z.strictObject({
+  format: z.strictObject({ name: z.literal('pi2'), version: z.number().int().min(1) }),
+  /** Name of the checkpoint's directory. */
+  name: z.string(),
+  hyperparameters: hyperparametersSchema,
+  quantization: z.strictObject({
+    name: z.enum(QUANTIZATIONS),
+    ffn: encoding,
+    attention: encoding,
+    embedding: encoding,
+    head: encoding,
+  }),
+  layout: z.strictObject({
+    matrices: z.union([z.literal(2), z.literal(3)]),
+    part1_bytes: count,
+    part2_bytes: count,
+    neurons_per_unit: count,
+    unit_bytes: count,
+    part1_stride: count,
+    part2_offset: count,
+    part2_stride: count,
+  }),
+  heat_order: z.literal('identity'),
+  extents: z.array(extentSchema),
+  tensors: z.array(tensorSchema),
+  provenance: z.strictObject({
+    converter: z.string(),
+    /** Every file of the checkpoint that was read. */
+    sources: z.array(z.strictObject({ file: z.string(), bytes, sha256: z.string().regex(/^[0-9a-f]{64}$/) })),
+  }),
+});
+
+export type Manifest = z.infer<typeof manifestSchema>;
+export type Extent = z.infer<typeof extentSchema>;
+export type TensorEntry = z.infer<typeof tensorSchema>;
