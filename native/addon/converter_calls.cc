@@ -46,7 +46,7 @@ Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
   const Napi::Env env = info.Env();
   Fields fields(info[0]);
   const Napi::Uint8Array source = fields.bytes("source");
-  const Napi::Uint8Array target = fields.bytes("target");
+  Napi::Uint8Array target = fields.bytes("target");
   EncodeRequest request{source.Data(),
                         fields.source_type("sourceType"),
                         fields.size("rows"),
