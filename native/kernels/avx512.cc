@@ -115,6 +115,48 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   }
 }
 
+/** Up to four rows at any address, one token. While they are summed, the rows after them are prefetched one after another. */
+template <class Format, size_t kRows>
+inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const uint8_t* const* next, size_t next_count,
+                      size_t groups, const QuantizedGroup* x, float* y) {
+  __m512 sums[kRows];
+  for (size_t r = 0; r < kRows; r++) sums[r] = _mm512_setzero_ps();
+  size_t next_row = 0;
+  size_t next_group = 0;
+  for (size_t g = 0; g < groups; g++) {
+    const GroupWeights values = {{load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128),
+                                  load_line(x[g].values + 192)}};
+    const __m512i offset = load_line(x[g].q4_offset);
+    const __m512 x_scales = _mm512_load_ps(x[g].scales);
+    for (size_t r = 0; r < kRows; r++) {
+      if (next_row < next_count) {
+        prefetch_next_rows<Format::kBytes>(next[next_row], next_group);
+        if (++next_group == groups) {
+          next_group = 0;
+          next_row++;
+        }
+      }
+      const GroupWeights w = Format::unpack(rows[r] + g * Format::kBytes);
+      const __m512 scales = load_scales(rows[r] + scales_offset + g * kGroupScaleBytes);
+      sums[r] = add_group<Format::kOffsetShift>(w, scales, values, offset, x_scales, sums[r]);
+    }
+  }
+  for (size_t r = 0; r < kRows; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
+template <class Format>
+void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+              float* y) {
+  size_t r = 0;
+  for (; r + 4 <= row_count; r += 4) {
+    const size_t left = row_count - r - 4;
+    list_tile<Format, 4>(rows + r, scales_offset, rows + r + 4, left < 4 ? left : 4, groups, x, y + r);
+  }
+  for (; r < row_count; r++) {
+    list_tile<Format, 1>(rows + r, scales_offset, rows + r + 1, r + 1 < row_count ? 1 : 0, groups, x, y + r);
+  }
+}
+
 inline Rows rows_from(Rows rows, size_t first) {
   return {rows.weights + first * rows.stride, rows.scales + first * rows.stride, rows.stride};
 }
@@ -190,6 +232,10 @@ void matmul_f16(Rows rows, size_t row_count, size_t groups, const float* x, size
 
 void dot_f16(Rows rows, size_t row_count, size_t groups, const float* x, float* y) {
   matmul_f16(rows, row_count, groups, x, 0, 1, y, 0);
+}
+
+void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
+  for (size_t r = 0; r < row_count; r++) tile_f16<1, 1>({rows[r], nullptr, 0}, groups, x, 0, y + r, 0);
 }
 
 inline __mmask16 tail_mask(size_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
@@ -540,6 +586,9 @@ constexpr Kernels kTable = {"avx512",
                             dot<Q4>,
                             dot<Q8>,
                             dot_f16,
+                            dot_list<Q4>,
+                            dot_list<Q8>,
+                            dot_list_f16,
                             dot_f32,
                             matmul<Q4>,
                             matmul<Q8>,
