@@ -7,18 +7,23 @@
  */
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "native/kernels/half.h"
 #include "native/kernels/kernels.h"
+
+/** For small functions that take and return vectors: a call would pass those through memory. */
+#define INLINE inline __attribute__((always_inline))
 
 namespace pi2 {
 namespace {
 
-__m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-__m256 load_halves(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
+INLINE __m256 load_halves(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
 
 /** The sum of 8 lanes, always in the same order. */
-float sum_lanes(__m256 v) {
+INLINE float sum_lanes(__m256 v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   sum = _mm_add_ss(sum, _mm_movehdup_ps(sum));
@@ -86,18 +91,70 @@ void quantize(const float* x, size_t n, QuantizedGroup* out) {
   }
 }
 
+// -- How matrix products are cut --------------------------------------------------------------------------------------
+
+/**
+ * R rows times T tokens. Token t begins at x + t * x_stride. `more` says that R more rows follow these. The operations of
+ * one row and token are the same in every tile of an encoding, so that every cut gives the same bits.
+ */
+template <typename X>
+using Tile = void (*)(Rows rows, size_t groups, const X* x, size_t x_stride, float* y, size_t y_stride, bool more);
+
+/** The tiles of one encoding: for one token, and for `width` tokens. */
+template <typename X>
+struct Tiles {
+  Tile<X> rows4, rows1;
+  size_t width;
+  Tile<X> rows2_wide, rows1_wide;
+};
+
+/** A few rows stay in the second-level cache while the tokens pass; a few tokens in the first while these rows pass. */
+template <typename X>
+void matmul(const Tiles<X>& tiles, Rows rows, size_t row_count, size_t groups, const X* x, size_t x_stride, size_t tokens,
+            float* y, size_t y_stride) {
+  constexpr size_t rows_together = 16;
+  for (size_t begin = 0; begin < row_count; begin += rows_together) {
+    const size_t end = row_count - begin < rows_together ? row_count : begin + rows_together;
+    for (size_t t = 0; t < tokens;) {
+      const bool wide = tokens - t >= tiles.width;
+      const size_t step = wide ? 2 : 4;
+      for (size_t r = begin; r < end;) {
+        const bool whole = end - r >= step;
+        const bool more = tokens == 1 && row_count - r >= 2 * step;
+        const Rows here{rows.weights + r * rows.stride, rows.scales + r * rows.stride, rows.stride};
+        const Tile<X> tile = wide ? (whole ? tiles.rows2_wide : tiles.rows1_wide) : (whole ? tiles.rows4 : tiles.rows1);
+        tile(here, groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride, more);
+        r += whole ? step : 1;
+      }
+      t += wide ? tiles.width : 1;
+    }
+  }
+}
+
+/** Fetches group g of the R rows behind these: rows are too short for the hardware to see where they lead. */
+template <size_t R>
+INLINE void prefetch_rows(Rows rows, size_t g, size_t group_bytes) {
+  for (size_t r = R; r < 2 * R; r++) {
+    const uint8_t* weights = rows.weights + r * rows.stride + g * group_bytes;
+    for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(weights + line);
+    if (g % 4 == 0) __builtin_prefetch(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+  }
+}
+
 // -- Dot products of int8 activations ---------------------------------------------------------------------------------
 
 /**
  * Rows r < R times tokens t < T, q4. A lane sums 8 products of pairs in 16 bits (each at most 2 x 15 x 127 = 3810) before it
- * widens. The float operations of one (row, token) are the same for all R and T.
+ * widens.
  */
 template <size_t R, size_t T>
-void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t y_stride) {
+void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
   const __m256i low_nibbles = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
     __m256i sums[R][T];
+    if (more) prefetch_rows<R>(rows, g, kQ4GroupBytes);
+#pragma GCC unroll 4
     for (size_t i = 0; i < 4; i++) {
       // Vector i is half i % 2 of line i / 2; its low nibbles meet line 2 (i / 2) of the activations, its high ones the
       // next.
@@ -107,7 +164,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t
         const __m256i low = _mm256_and_si256(w, low_nibbles);
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_nibbles);
         for (size_t t = 0; t < T; t++) {
-          const int8_t* values = x[t * groups + g].values + at;
+          const int8_t* values = x[t * x_stride + g].values + at;
           const __m256i pair = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_bytes(values)),
                                                 _mm256_maddubs_epi16(high, load_bytes(values + 64)));
           sums[r][t] = i == 0 ? pair : _mm256_add_epi16(sums[r][t], pair);
@@ -117,7 +174,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t
     for (size_t r = 0; r < R; r++) {
       const __m256 scales = load_halves(rows.scales + r * rows.stride + g * kGroupScaleBytes);
       for (size_t t = 0; t < T; t++) {
-        const QuantizedGroup& group = x[t * groups + g];
+        const QuantizedGroup& group = x[t * x_stride + g];
         const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(sums[r][t], ones), load_bytes(group.q4_offset));
         const __m256 scale = _mm256_mul_ps(scales, _mm256_load_ps(group.scales));
         result[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, result[r][t]);
@@ -132,17 +189,19 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t
 /** The same for q8: the product of magnitudes |w| with x that took the sign of w. Pairs are at most 2 x 127 x 127 = 32258.
  */
 template <size_t R, size_t T>
-void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t y_stride) {
+void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
     __m256i sums[R][T];
+    if (more) prefetch_rows<R>(rows, g, kQ8GroupBytes);
+#pragma GCC unroll 8
     for (size_t i = 0; i < 8; i++) {
       for (size_t r = 0; r < R; r++) {
         const __m256i w = load_bytes(rows.weights + r * rows.stride + g * kQ8GroupBytes + 32 * i);
         const __m256i magnitudes = _mm256_abs_epi8(w);
         for (size_t t = 0; t < T; t++) {
-          const __m256i values = _mm256_sign_epi8(load_bytes(x[t * groups + g].values + 32 * i), w);
+          const __m256i values = _mm256_sign_epi8(load_bytes(x[t * x_stride + g].values + 32 * i), w);
           const __m256i quad = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, values), ones);
           sums[r][t] = i == 0 ? quad : _mm256_add_epi32(sums[r][t], quad);
         }
@@ -151,7 +210,7 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t
     for (size_t r = 0; r < R; r++) {
       const __m256 scales = load_halves(rows.scales + r * rows.stride + g * kGroupScaleBytes);
       for (size_t t = 0; t < T; t++) {
-        const __m256 scale = _mm256_mul_ps(scales, _mm256_load_ps(x[t * groups + g].scales));
+        const __m256 scale = _mm256_mul_ps(scales, _mm256_load_ps(x[t * x_stride + g].scales));
         result[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][t]), scale, result[r][t]);
       }
     }
@@ -161,59 +220,35 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t
   }
 }
 
-using TileQ = void (*)(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t y_stride);
-
-/** Cuts rows x tokens into tiles: 4 x 1 for one token, otherwise 2 x 4, with the rest in smaller ones. */
-struct TilesQ {
-  TileQ rows4_tokens1, rows2_tokens4, rows2_tokens1, rows1_tokens4, rows1_tokens1;
-
-  void run(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
-           size_t y_stride) const {
-    const size_t step = tokens == 1 ? 4 : 2;
-    const TileQ many = tokens == 1 ? rows4_tokens1 : rows2_tokens1;
-    for (size_t r = 0; r < row_count;) {
-      const bool whole = row_count - r >= step;
-      const Rows here{rows.weights + r * rows.stride, rows.scales + r * rows.stride, rows.stride};
-      size_t t = 0;
-      for (; t + 4 <= tokens; t += 4) {
-        (whole ? rows2_tokens4 : rows1_tokens4)(here, groups, x + t * groups, y + t * y_stride + r, y_stride);
-      }
-      for (; t < tokens; t++) {
-        (whole ? many : rows1_tokens1)(here, groups, x + t * groups, y + t * y_stride + r, y_stride);
-      }
-      r += whole ? step : 1;
-    }
-  }
-};
-
-constexpr TilesQ kTilesQ4{tile_q4<4, 1>, tile_q4<2, 4>, tile_q4<2, 1>, tile_q4<1, 4>, tile_q4<1, 1>};
-constexpr TilesQ kTilesQ8{tile_q8<4, 1>, tile_q8<2, 4>, tile_q8<2, 1>, tile_q8<1, 4>, tile_q8<1, 1>};
-
 void matmul_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  kTilesQ4.run(rows, row_count, groups, x, tokens, y, y_stride);
+  constexpr Tiles<QuantizedGroup> tiles{tile_q4<4, 1>, tile_q4<1, 1>, 4, tile_q4<2, 4>, tile_q4<1, 4>};
+  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void matmul_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  kTilesQ8.run(rows, row_count, groups, x, tokens, y, y_stride);
+  constexpr Tiles<QuantizedGroup> tiles{tile_q8<4, 1>, tile_q8<1, 1>, 4, tile_q8<2, 4>, tile_q8<1, 4>};
+  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void dot_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
-  kTilesQ4.run(rows, row_count, groups, x, 1, y, 0);
+  matmul_q4(rows, row_count, groups, x, 1, y, 0);
 }
 
 void dot_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
-  kTilesQ8.run(rows, row_count, groups, x, 1, y, 0);
+  matmul_q8(rows, row_count, groups, x, 1, y, 0);
 }
 
 // -- Dot products of float activations --------------------------------------------------------------------------------
 
 /** Two partial sums for each (row, token), so that one row alone does not wait for each addition. */
 template <size_t R, size_t T>
-void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride) {
+void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride, bool more) {
   __m256 result[R][T][2] = {};
   for (size_t i = 0; i < groups * kGroup; i += 16) {
+    if (more && i % kGroup == 0) prefetch_rows<R>(rows, i / kGroup, kF16GroupBytes);
+#pragma GCC unroll 2
     for (size_t part = 0; part < 2; part++) {
       const size_t at = i + 8 * part;
       for (size_t r = 0; r < R; r++) {
@@ -231,18 +266,8 @@ void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* 
 
 void matmul_f16(Rows rows, size_t row_count, size_t groups, const float* x, size_t x_stride, size_t tokens, float* y,
                 size_t y_stride) {
-  const auto whole = tokens == 1 ? tile_f16<4, 1> : tile_f16<1, 1>;
-  const size_t step = tokens == 1 ? 4 : 1;
-  for (size_t r = 0; r < row_count;) {
-    const bool many = row_count - r >= step;
-    const Rows here{rows.weights + r * rows.stride, rows.scales, rows.stride};
-    size_t t = 0;
-    for (; t + 4 <= tokens; t += 4) tile_f16<1, 4>(here, groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
-    for (; t < tokens; t++) {
-      (many ? whole : tile_f16<1, 1>)(here, groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
-    }
-    r += many ? step : 1;
-  }
+  constexpr Tiles<float> tiles{tile_f16<4, 1>, tile_f16<1, 1>, 2, tile_f16<2, 2>, tile_f16<1, 2>};
+  matmul(tiles, rows, row_count, groups, x, x_stride, tokens, y, y_stride);
 }
 
 void dot_f16(Rows rows, size_t row_count, size_t groups, const float* x, float* y) {
@@ -279,7 +304,7 @@ void dot_f32(const float* rows, size_t row_count, size_t n, const float* x, floa
 constexpr size_t kChunk = 16;
 
 /** Transposes 8 x 8 floats. */
-void transpose(__m256 (&v)[8]) {
+INLINE void transpose(__m256 (&v)[8]) {
   __m256 pairs[8], quads[8];
   for (int i = 0; i < 4; i++) {
     pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
@@ -303,7 +328,7 @@ constexpr size_t second_element(bool q4, size_t tile) { return first_element(q4,
 
 /** Loads a tile of a group's 256 outputs: acc[k] lane b is output k of block b. */
 template <bool q4>
-void load_tile(const float* y, size_t tile, __m256 (&acc)[8]) {
+INLINE void load_tile(const float* y, size_t tile, __m256 (&acc)[8]) {
   for (size_t b = 0; b < 8; b++) {
     const float* block = y + b * kBlock;
     acc[b] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(block + first_element(q4, tile))),
@@ -313,7 +338,7 @@ void load_tile(const float* y, size_t tile, __m256 (&acc)[8]) {
 }
 
 template <bool q4>
-void store_tile(float* y, size_t tile, __m256 (&acc)[8]) {
+INLINE void store_tile(float* y, size_t tile, __m256 (&acc)[8]) {
   transpose(acc);
   for (size_t b = 0; b < 8; b++) {
     float* block = y + b * kBlock;
@@ -323,36 +348,36 @@ void store_tile(float* y, size_t tile, __m256 (&acc)[8]) {
 }
 
 /** A mask for each byte of a lane: that byte to the top, the others zero. */
-__m256i byte_to_top(int byte) {
+INLINE __m256i byte_to_top(int byte) {
   const int zeros = static_cast<int>(0x80808080u & 0x00ffffffu);
   return _mm256_add_epi32(_mm256_set1_epi32(zeros),
                           _mm256_setr_epi32(byte << 24, (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24, byte << 24,
                                             (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24));
 }
 
-/** Weights of a tile as floats, times 2^28 (q4) or 2^24 (q8), in the order of load_tile. */
+/** The bytes of a tile's weights: those of outputs 0..3 of each block and those of outputs 4..7. */
+struct TileBytes {
+  __m256i half[2];
+};
+
+/** For q4, signed nibbles in the high half of each byte. */
 template <bool q4>
-void unpack_tile(const uint8_t* group, size_t tile, __m256 (&out)[8]) {
-  __m256i first, second;
-  if (q4) {
-    // Flipping the top bit of a nibble q makes it the two's complement of q - 8.
-    const __m256i w = _mm256_xor_si256(load_bytes(group + 32 * tile), _mm256_set1_epi8(static_cast<char>(0x88)));
-    const __m256i high_nibbles = _mm256_set1_epi8(static_cast<char>(0xf0));
-    first = _mm256_and_si256(_mm256_slli_epi32(w, 4), high_nibbles);
-    second = _mm256_and_si256(w, high_nibbles);
-  } else {
-    first = load_bytes(group + 64 * tile);
-    second = load_bytes(group + 64 * tile + 32);
-  }
-  for (int byte = 0; byte < 4; byte++) {
-    out[byte] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(first, byte_to_top(byte)));
-    out[byte + 4] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(second, byte_to_top(byte)));
-  }
+INLINE TileBytes load_weights(const uint8_t* group, size_t tile) {
+  if (!q4) return {{load_bytes(group + 64 * tile), load_bytes(group + 64 * tile + 32)}};
+  // Flipping the top bit of a nibble q makes it the two's complement of q - 8.
+  const __m256i w = _mm256_xor_si256(load_bytes(group + 32 * tile), _mm256_set1_epi8(static_cast<char>(0x88)));
+  const __m256i high_nibbles = _mm256_set1_epi8(static_cast<char>(0xf0));
+  return {{_mm256_and_si256(_mm256_slli_epi32(w, 4), high_nibbles), _mm256_and_si256(w, high_nibbles)}};
 }
 
-/** factor * scale of each block, times the power of two that unpack_tile left. */
+/** Weight k (0..7) of each block as a float, times 2^28 (q4) or 2^24 (q8). */
+INLINE __m256 unpack(const TileBytes& bytes, int k) {
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes.half[k / 4], byte_to_top(k % 4)));
+}
+
+/** factor * scale of each block, times the power of two that `unpack` left. */
 template <bool q4>
-__m256 block_factors(const uint8_t* scales, size_t group, float factor) {
+INLINE __m256 block_factors(const uint8_t* scales, size_t group, float factor) {
   const __m256 unpacked_unit = _mm256_set1_ps(q4 ? 0x1p-28f : 0x1p-24f);
   const __m256 scale = _mm256_mul_ps(load_halves(scales + group * kGroupScaleBytes), unpacked_unit);
   return _mm256_mul_ps(scale, _mm256_set1_ps(factor));
@@ -384,9 +409,9 @@ void add_columns(const Column* columns, size_t count, size_t group_begin, size_t
         __m256 acc[8];
         load_tile<q4>(y + g * kGroup, tile, acc);
         for (size_t c = 0; c < chunk_count; c++) {
-          __m256 weights[8];
-          unpack_tile<q4>(chunk[c].weights + g * group_bytes, tile, weights);
-          for (size_t k = 0; k < 8; k++) acc[k] = _mm256_fmadd_ps(weights[k], factors[c], acc[k]);
+          const TileBytes bytes = load_weights<q4>(chunk[c].weights + g * group_bytes, tile);
+#pragma GCC unroll 8
+          for (int k = 0; k < 8; k++) acc[k] = _mm256_fmadd_ps(unpack(bytes, k), factors[c], acc[k]);
         }
         store_tile<q4>(y + g * kGroup, tile, acc);
       }
@@ -442,9 +467,9 @@ void unpack_group(const uint8_t* column, size_t g, UnpackedGroup* out) {
   }
   const uint8_t* group = column + g * (q4 ? kQ4GroupBytes : kQ8GroupBytes);
   for (size_t tile = 0; tile < 4; tile++) {
-    __m256 weights[8];
-    unpack_tile<q4>(group, tile, weights);
-    for (size_t k = 0; k < 8; k++) out->vectors[8 * tile + k] = weights[k];
+    const TileBytes bytes = load_weights<q4>(group, tile);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) out->vectors[8 * tile + k] = unpack(bytes, k);
   }
 }
 
