@@ -137,7 +137,8 @@ INLINE void prefetch_rows(Rows rows, size_t g, size_t group_bytes) {
   for (size_t r = R; r < 2 * R; r++) {
     const uint8_t* weights = rows.weights + r * rows.stride + g * group_bytes;
     for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(weights + line);
-    if (g % 4 == 0) __builtin_prefetch(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+    if (group_bytes != kF16GroupBytes && g % 4 == 0)
+      __builtin_prefetch(rows.scales + r * rows.stride + g * kGroupScaleBytes);
   }
 }
 
@@ -301,7 +302,7 @@ void dot_f32(const float* rows, size_t row_count, size_t n, const float* x, floa
 // which multiplies it by a power of two that the column's factor undoes.
 
 /** Columns summed before moving on to the next group: few enough for their next lines to be fetched ahead. */
-constexpr size_t kChunk = 16;
+constexpr size_t kChunk = 8;
 
 /** Transposes 8 x 8 floats. */
 INLINE void transpose(__m256 (&v)[8]) {
@@ -326,7 +327,7 @@ INLINE void transpose(__m256 (&v)[8]) {
 constexpr size_t first_element(bool q4, size_t tile) { return q4 ? 16 * (tile / 2) + 4 * (tile % 2) : 8 * tile; }
 constexpr size_t second_element(bool q4, size_t tile) { return first_element(q4, tile) + (q4 ? 8 : 4); }
 
-/** Loads a tile of a group's 256 outputs: acc[k] lane b is output k of block b. */
+/** Loads a tile of a group's 256 outputs: acc[b] lane k is output k of block b. Weights come the other way round. */
 template <bool q4>
 INLINE void load_tile(const float* y, size_t tile, __m256 (&acc)[8]) {
   for (size_t b = 0; b < 8; b++) {
@@ -334,12 +335,10 @@ INLINE void load_tile(const float* y, size_t tile, __m256 (&acc)[8]) {
     acc[b] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(block + first_element(q4, tile))),
                                   _mm_loadu_ps(block + second_element(q4, tile)), 1);
   }
-  transpose(acc);
 }
 
 template <bool q4>
-INLINE void store_tile(float* y, size_t tile, __m256 (&acc)[8]) {
-  transpose(acc);
+INLINE void store_tile(float* y, size_t tile, const __m256 (&acc)[8]) {
   for (size_t b = 0; b < 8; b++) {
     float* block = y + b * kBlock;
     _mm_storeu_ps(block + first_element(q4, tile), _mm256_castps256_ps128(acc[b]));
@@ -383,36 +382,45 @@ INLINE __m256 block_factors(const uint8_t* scales, size_t group, float factor) {
   return _mm256_mul_ps(scale, _mm256_set1_ps(factor));
 }
 
+/**
+ * Fetches what a pass over `chunk` needs `groups_ahead` groups after group g: further groups of its columns or, behind the
+ * last, groups of the columns that follow. `left` columns are left, with those of the chunk.
+ */
+INLINE void prefetch_columns(const Column* chunk, size_t left, size_t group_begin, size_t group_end, size_t g,
+                             size_t group_bytes) {
+  constexpr size_t groups_ahead = 8;
+  const size_t span = group_end - group_begin;
+  const size_t position = g - group_begin + groups_ahead;
+  const size_t first = position / span * kChunk;
+  const size_t ahead = group_begin + position % span;
+  for (size_t c = first; c < first + kChunk && c < left; c++) {
+    for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(chunk[c].weights + ahead * group_bytes + line);
+    if (ahead % 4 == 0 || ahead == group_begin) __builtin_prefetch(chunk[c].scales + ahead * kGroupScaleBytes);
+  }
+}
+
+/** From the first chunk of columns to the last, y holds its tiles transposed. */
 template <bool q4>
 void add_columns(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
   constexpr size_t group_bytes = q4 ? kQ4GroupBytes : kQ8GroupBytes;
-  constexpr size_t groups_ahead = 4;
   for (size_t begin = 0; begin < count; begin += kChunk) {
     const Column* chunk = columns + begin;
-    const size_t chunk_count = count - begin < kChunk ? count - begin : kChunk;
-    const size_t next_count = count - begin - chunk_count < kChunk ? count - begin - chunk_count : kChunk;
+    const bool last = count - begin <= kChunk;
+    const size_t chunk_count = last ? count - begin : kChunk;
     for (size_t g = group_begin; g < group_end; g++) {
-      // Fetch what comes soon: further groups of these columns or, near their end, the first groups of the next chunk's.
-      const bool here = g + groups_ahead < group_end;
-      const size_t ahead = here ? g + groups_ahead : group_begin + (g + groups_ahead - group_end);
-      const Column* soon = here ? chunk : chunk + chunk_count;
-      const size_t soon_count = ahead >= group_end ? 0 : here ? chunk_count : next_count;
-      for (size_t c = 0; c < soon_count; c++) {
-        for (size_t line = 0; line < group_bytes; line += 64) {
-          __builtin_prefetch(soon[c].weights + ahead * group_bytes + line);
-        }
-        if (!here) __builtin_prefetch(soon[c].scales + ahead * kGroupScaleBytes);
-      }
+      prefetch_columns(chunk, count - begin, group_begin, group_end, g, group_bytes);
       __m256 factors[kChunk];
       for (size_t c = 0; c < chunk_count; c++) factors[c] = block_factors<q4>(chunk[c].scales, g, chunk[c].factor);
       for (size_t tile = 0; tile < 4; tile++) {
         __m256 acc[8];
         load_tile<q4>(y + g * kGroup, tile, acc);
+        if (begin == 0) transpose(acc);
         for (size_t c = 0; c < chunk_count; c++) {
           const TileBytes bytes = load_weights<q4>(chunk[c].weights + g * group_bytes, tile);
 #pragma GCC unroll 8
           for (int k = 0; k < 8; k++) acc[k] = _mm256_fmadd_ps(unpack(bytes, k), factors[c], acc[k]);
         }
+        if (last) transpose(acc);
         store_tile<q4>(y + g * kGroup, tile, acc);
       }
     }
@@ -481,6 +489,7 @@ void load_outputs(const float* y, UnpackedGroup* out) {
       for (size_t k = 0; k < 8; k++) acc[k] = _mm256_loadu_ps(y + 64 * tile + 8 * k);
     } else {
       load_tile<encoding == Weights::kQ4>(y, tile, acc);
+      transpose(acc);
     }
     for (size_t k = 0; k < 8; k++) out->vectors[8 * tile + k] = acc[k];
   }
@@ -494,6 +503,7 @@ void store_outputs(const UnpackedGroup& from, float* y) {
     if (encoding == Weights::kF16) {
       for (size_t k = 0; k < 8; k++) _mm256_storeu_ps(y + 64 * tile + 8 * k, acc[k]);
     } else {
+      transpose(acc);
       store_tile<encoding == Weights::kQ4>(y, tile, acc);
     }
   }
