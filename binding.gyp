@@ -6,13 +6,18 @@
     "cflags_cc": ["-std=c++20", "-O3", "-fno-exceptions", "-fno-rtti"],
   },
   "targets": [
-    {"target_name": "kernels_scalar", "type": "static_library", "sources": ["native/kernels/scalar.cc"]},
+    # Weights on flash must not depend on the machine that wrote them: no fused multiply-add.
+    {
+      "target_name": "quantize",
+      "type": "static_library",
+      "sources": ["native/quantize/encode.cc"],
+      "cflags_cc": ["-ffp-contract=off"],
+    },
     {
       "target_name": "core",
       "type": "static_library",
       "sources": [
-        "<!@(ls native/base/*.cc native/storage/*.cc native/engine/*.cc native/quantize/*.cc)",
-        "native/kernels/dispatch.cc",
+        "<!@(ls native/base/*.cc)",
       ],
     },
     {
@@ -20,39 +25,7 @@
       "sources": ["<!@(ls native/addon/*.cc)"],
       "include_dirs": ["<!(node -p \"require('node-addon-api').include_dir\")"],
       "defines": ["NAPI_VERSION=9", "NODE_ADDON_API_DISABLE_CPP_EXCEPTIONS"],
-      "dependencies": ["core", "kernels_scalar"],
-      "conditions": [
-        ["target_arch=='x64'", {"dependencies": ["kernels_avx2", "kernels_avx512"]}],
-        ["target_arch=='arm64'", {"dependencies": ["kernels_neon"]}],
-      ],
+      "dependencies": ["quantize", "core"],
     },
-  ],
-  "conditions": [
-    ["target_arch=='x64'", {
-      "targets": [
-        {
-          "target_name": "kernels_avx2",
-          "type": "static_library",
-          "sources": ["native/kernels/avx2.cc"],
-          "cflags": ["-mavx2", "-mfma", "-mf16c"],
-        },
-        {
-          "target_name": "kernels_avx512",
-          "type": "static_library",
-          "sources": ["native/kernels/avx512.cc"],
-          "cflags": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
-        },
-      ],
-    }],
-    ["target_arch=='arm64'", {
-      "targets": [
-        {
-          "target_name": "kernels_neon",
-          "type": "static_library",
-          "sources": ["native/kernels/neon.cc"],
-          "cflags": ["-march=armv8.2-a+dotprod+fp16"],
-        },
-      ],
-    }],
   ],
 }

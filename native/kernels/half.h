@@ -4,14 +4,14 @@
 
 namespace pi2 {
 
-/** IEEE half to float, exact. Plain integer code: usable without F16C. */
+/** IEEE half to float, exact; signalling NaNs become quiet, as CPUs do it. Plain integer code: usable without F16C. */
 static inline float half_to_float_scalar(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   uint32_t exponent = (h >> 10) & 0x1fu;
   uint32_t mantissa = h & 0x3ffu;
   uint32_t bits;
   if (exponent == 0x1fu) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
+    bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa != 0 ? 0x400000u : 0);
   } else if (exponent != 0) {
     bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
   } else if (mantissa == 0) {
@@ -29,13 +29,13 @@ static inline float half_to_float_scalar(uint16_t h) {
   return f;
 }
 
-/** Float to IEEE half, round to nearest even; too large becomes infinite. */
+/** Float to IEEE half, round to nearest even; too large becomes infinite. NaNs become quiet and keep their upper bits. */
 static inline uint16_t float_to_half_scalar(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));  // NaN
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {  // Below the smallest normal half: let float addition do the rounding.
     float scaled;

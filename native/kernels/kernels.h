@@ -46,7 +46,12 @@ struct Column {
 struct Kernels {
   const char* name;
 
-  /** out[0 .. group_count(n)) = x[0 .. n) quantized, padded with zero. Rounds to nearest even. */
+  /**
+   * out[0 .. group_count(n)) = x[0 .. n) quantized, padded with zero. With `largest` the greatest magnitude of a block, a
+   * value is x * (127 / largest) rounded to nearest even and the scale is largest / 127, all in float, so that every set
+   * gives the same bits. A block whose 127 / largest overflows is zero; one with an infinity or NaN has zero values and a
+   * NaN scale, so that the trouble stays visible.
+   */
   void (*quantize)(const float* x, size_t n, QuantizedGroup* out);
 
   /**

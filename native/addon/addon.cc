@@ -1,0 +1,11 @@
+/** The native side of src/engine/contract.ts: what JavaScript can call. */
+#include <napi.h>
+
+#include "native/addon/converter_calls.h"
+
+static Napi::Object init(Napi::Env env, Napi::Object exports) {
+  pi2::export_converter_calls(env, exports);
+  return exports;
+}
+
+NODE_API_MODULE(pi2, init)
