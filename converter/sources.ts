@@ -38,15 +38,10 @@ export async function checkUnchanged(directory: string, before: readonly SourceS
 }
 
 /**
- * sha256 of one source, read in small pieces: hashing blocks JavaScript for about a millisecond at a time. `onBytes` hears
- * of every piece. Throws `E_CHANGED` if the file has not the size it had.
+ * sha256 of one source, read in small pieces: hashing blocks JavaScript for about a millisecond at a time. Throws
+ * `E_CHANGED` if the file has not the size it had, and the signal's reason when that is aborted.
  */
-export async function hashSource(
-  directory: string,
-  source: SourceState,
-  onBytes: (bytes: number) => void,
-  signal: AbortSignal,
-): Promise<string> {
+export async function hashSource(directory: string, source: SourceState, signal: AbortSignal): Promise<string> {
   const path = join(directory, source.file);
   const hash = createHash('sha256');
   try {
@@ -60,7 +55,6 @@ export async function hashSource(
         if (bytesRead === 0) break;
         hash.update(buffer.subarray(0, bytesRead));
         total += bytesRead;
-        onBytes(bytesRead);
       }
       if (total !== source.bytes) throw changed(directory, source.file);
     } finally {

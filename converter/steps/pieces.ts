@@ -64,11 +64,14 @@ export function cutPieces(extent: TensorExtent | NeuronExtent, done: number, lim
 /** The least limits that an extent can be converted within: one row, one unit, one band of one column. */
 export function leastLimits(extent: TensorExtent | NeuronExtent): Limits {
   if (extent.kind === 'neurons') {
-    const most = Math.max(...extent.experts.flatMap((e) => [e.gate, e.up, e.down]).map((m) => (m ? numberBytes(m) : 0)));
+    const most = Math.max(
+      ...extent.experts.flatMap((e) => [e.gate, e.up, e.down]).map((m) => (m ? numberBytes(m) : 0)),
+    );
     return { pieceBytes: extent.layout.unit_bytes, chunkBytes: most * Math.max(extent.hiddenSize, GROUP) };
   }
   return {
-    pieceBytes: TENSOR_ALIGNMENT + Math.max(...extent.tensors.map((tensor) => rowBytes(tensor.encoding, tensor.columns))),
+    pieceBytes:
+      TENSOR_ALIGNMENT + Math.max(...extent.tensors.map((tensor) => rowBytes(tensor.encoding, tensor.columns))),
     chunkBytes: Math.max(...extent.tensors.map((tensor) => tensor.columns * numberBytes(tensor.source))),
   };
 }

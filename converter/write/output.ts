@@ -5,6 +5,7 @@ import { fileError, Pi2Error } from '../../src/base/error.js';
 import { MANIFEST_FILE } from '../../src/format/manifest.js';
 
 export const JOURNAL_FILE = 'journal.jsonl';
+const COPY_BYTES = 256 * 1024;
 
 /**
  * The directory `NAME.pi2` being made: until it is whole it is called `NAME.pi2.partial`. The rename is the last thing that
@@ -36,11 +37,23 @@ export class Output {
     const there = await kind(this.path);
     if (there === 'nothing') return;
     if (there === 'other') {
-      throw new Pi2Error('E_EXISTS', `${this.path} exists and is not a model`, 'give another name with -o, or remove it');
+      throw new Pi2Error(
+        'E_EXISTS',
+        `${this.path} exists and is not a model`,
+        'give another name with -o, or remove it',
+      );
     }
     if (!force) {
       throw new Pi2Error('E_EXISTS', `${this.path} exists`, 'give --force to replace it, or another name with -o');
     }
+  }
+
+  /** Size of a file of the partial directory; 0 if it is not there. */
+  async partialSize(file: string): Promise<number> {
+    return lstat(this.partial(file)).then(
+      (stat) => stat.size,
+      () => 0,
+    );
   }
 
   async makePartial(): Promise<void> {
@@ -70,9 +83,10 @@ export class Output {
 
   /** Throws `E_DISK_FULL` unless `neededBytes`, less what the partial directory already holds, are free. */
   async checkSpace(neededBytes: number): Promise<void> {
-    const { bavail, bsize } = await statfs(this.partialPath);
+    const { bavail, bsize } = await statfs(dirname(this.path));
     let held = 0;
-    for (const file of await readdir(this.partialPath)) held += (await lstat(this.partial(file))).blocks * 512;
+    const files = await readdir(this.partialPath).catch(() => []);
+    for (const file of files) held += (await lstat(this.partial(file))).blocks * 512;
     const missing = neededBytes - held;
     if (missing > bavail * bsize) {
       throw new Pi2Error(
@@ -111,6 +125,15 @@ export class OutputFile {
   private constructor(handle: FileHandle, path: string) {
     this.#handle = handle;
     this.#path = path;
+  }
+
+  /** Makes an empty file, in place of one that may be there. */
+  static async create(path: string): Promise<OutputFile> {
+    try {
+      return new OutputFile(await open(path, 'w'), path);
+    } catch (error) {
+      throw fileError(error, 'write', path);
+    }
   }
 
   /** Opens the file for writing, as it is; makes it if need be. */
@@ -168,11 +191,41 @@ export async function writeSynced(path: string, content: Uint8Array | string): P
   }
 }
 
+/** Copies a file, whatever its size and permissions, and returns when the copy is on disk. */
+export async function copySynced(from: string, to: string): Promise<void> {
+  const buffer = Buffer.allocUnsafeSlow(COPY_BYTES);
+  const source = await open(from, 'r').catch((error) => {
+    throw fileError(error, 'read', from);
+  });
+  try {
+    const target = await OutputFile.create(to);
+    try {
+      for (let offset = 0; ; ) {
+        const { bytesRead } = await source.read(buffer, 0, buffer.length, offset);
+        if (bytesRead === 0) break;
+        await target.write(buffer.subarray(0, bytesRead), offset);
+        offset += bytesRead;
+      }
+      await target.sync();
+    } finally {
+      await target.close();
+    }
+  } catch (error) {
+    throw fileError(error, 'copy', from);
+  } finally {
+    await source.close();
+  }
+}
+
 /** Checks an output's name: `NAME.pi2` in a directory that exists. Throws `E_USAGE` or `E_FILE`. */
 export async function checkOutputName(path: string): Promise<void> {
   const name = basename(path);
   if (!name.endsWith('.pi2') || name === '.pi2') {
-    throw new Pi2Error('E_USAGE', `the output ${path} is not called NAME.pi2`, `give -o ${path.replace(/\/+$/, '')}.pi2`);
+    throw new Pi2Error(
+      'E_USAGE',
+      `the output ${path} is not called NAME.pi2`,
+      `give -o ${path.replace(/\/+$/, '')}.pi2`,
+    );
   }
   const parent = dirname(path);
   const stat = await lstat(`${parent}/.`).catch((error) => {

@@ -11,7 +11,11 @@ export function parseBytes(text: string): number {
   const exponent = SUFFIXES.indexOf((match?.[2] ?? '').toUpperCase() as (typeof SUFFIXES)[number]);
   const bytes = match ? Math.floor(Number(match[1]) * 1024 ** exponent) : Number.NaN;
   if (!Number.isSafeInteger(bytes) || bytes < 1) {
-    throw new Pi2Error('E_USAGE', `"${text}" is not a size in bytes`, 'give a number with K, M, G or T, for example 512M or 2G');
+    throw new Pi2Error(
+      'E_USAGE',
+      `"${text}" is not a size in bytes`,
+      'give a number with K, M, G or T, for example 512M or 2G',
+    );
   }
   return bytes;
 }
