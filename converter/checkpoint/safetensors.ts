@@ -159,18 +159,17 @@ function parseTensor(name: string, entry: unknown, dataOffset: number, dataBytes
 }
 
 function checkCoverage(tensors: HeaderTensor[], dataOffset: number, dataBytes: number, file: string): void {
+  for (const [i, tensor] of tensors.entries()) {
+    const next = tensors[i + 1];
+    if (next && next.offset < tensor.offset + tensor.bytes) {
+      throw damaged(file, `tensors ${quoted(tensor.name)} and ${quoted(next.name)} overlap`);
+    }
+  }
   let covered = dataOffset;
-  let previous = '';
   for (const tensor of tensors) {
-    if (tensor.offset < covered) {
-      throw damaged(file, `tensors ${quoted(previous)} and ${quoted(tensor.name)} overlap`);
-    }
-    if (tensor.offset > covered) {
-      const gap = tensor.offset - covered;
-      throw damaged(file, `${gap} bytes before tensor ${quoted(tensor.name)} belong to no tensor`);
-    }
+    const gap = tensor.offset - covered;
+    if (gap > 0) throw damaged(file, `${gap} bytes before tensor ${quoted(tensor.name)} belong to no tensor`);
     covered += tensor.bytes;
-    previous = tensor.name;
   }
   const rest = dataOffset + dataBytes - covered;
   if (rest > 0) throw damaged(file, `its last ${rest} bytes belong to no tensor`);

@@ -92,9 +92,4 @@ export class Random {
   normal(): number {
     return Math.sqrt(-2 * Math.log(1 - this.uniform())) * Math.cos(2 * Math.PI * this.uniform());
   }
-
-  /** From 0 up to but without `limit`. */
-  integer(limit: number): number {
-    return Math.floor(this.uniform() * limit);
-  }
 }
