@@ -1,10 +1,19 @@
 import os from 'node:os';
+import { formatBytes } from '../base/bytes.js';
 import { Pi2Error } from '../base/error.js';
 import { expertCount } from '../format/hyperparameters.js';
+import { RESIDENT_FILE } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
-import { formatBytes } from '../report/format.js';
 import { loadAddon } from './addon.js';
-import type { EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine, NativeTensor } from './contract.js';
+import type {
+  EngineCounters,
+  EngineRequest,
+  KernelSet,
+  NativeAddon,
+  NativeEngine,
+  NativeExtent,
+  NativeTensor,
+} from './contract.js';
 import { ropeFrequencies } from './rope.js';
 
 /**
@@ -159,6 +168,7 @@ function engineRequest(
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
+    extents: nativeExtents(model),
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
     hiddenSize: h.hidden_size,
@@ -194,6 +204,18 @@ function nativeTensors(model: ModelDirectory): NativeTensor[] {
   return tensors;
 }
 
+/** What is loaded and checked: all but the bundle checksums, which are for bundles that are read one by one. */
+function nativeExtents(model: ModelDirectory): NativeExtent[] {
+  const extents = model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums'));
+  return extents.map(({ name, file, offset, bytes, crc32 }) => ({
+    name,
+    file: file === RESIDENT_FILE ? 'resident' : 'neurons',
+    offset,
+    bytes,
+    crc32: Number.parseInt(crc32, 16),
+  }));
+}
+
 /** The manifest's layout as the addon takes it. */
 export function nativeLayout(layout: ModelDirectory['manifest']['layout']): EngineRequest['layout'] {
   return {
@@ -218,6 +240,13 @@ export function nativeError(error: unknown, doing: string): unknown {
         'E_IO',
         `cannot ${doing}: ${message}`,
         'check the disk, then: powerinfer2 verify NAME.pi2',
+        options,
+      );
+    case 'NATIVE_CHECKSUM':
+      return new Pi2Error(
+        'E_CHECKSUM',
+        `cannot ${doing}: ${message}`,
+        'powerinfer2 verify NAME.pi2 lists all that is wrong; convert the checkpoint again',
         options,
       );
     case 'NATIVE_MEMORY':
