@@ -581,28 +581,30 @@ void half_to_float(const uint16_t* in, size_t n, float* out) {
   for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
 }
 
-constexpr Kernels kTable = {"avx512",
-                            quantize,
-                            dot<Q4>,
-                            dot<Q8>,
-                            dot_f16,
-                            dot_list<Q4>,
-                            dot_list<Q8>,
-                            dot_list_f16,
-                            dot_f32,
-                            matmul<Q4>,
-                            matmul<Q8>,
-                            matmul_f16,
-                            add_columns_q4,
-                            add_columns_q8,
-                            add_columns_f16,
-                            add_columns_batch_q4,
-                            add_columns_batch_q8,
-                            add_columns_batch_f16,
-                            attention_scores,
-                            attention_mix,
-                            float_to_half,
-                            half_to_float};
+constexpr Kernels kTable{
+    .name = "avx512",
+    .quantize = quantize,
+    .dot_q4 = dot<Q4>,
+    .dot_q8 = dot<Q8>,
+    .dot_f16 = dot_f16,
+    .dot_list_q4 = dot_list<Q4>,
+    .dot_list_q8 = dot_list<Q8>,
+    .dot_list_f16 = dot_list_f16,
+    .dot_f32 = dot_f32,
+    .matmul_q4 = matmul<Q4>,
+    .matmul_q8 = matmul<Q8>,
+    .matmul_f16 = matmul_f16,
+    .add_columns_q4 = add_columns_q4,
+    .add_columns_q8 = add_columns_q8,
+    .add_columns_f16 = add_columns_f16,
+    .add_columns_batch_q4 = add_columns_batch_q4,
+    .add_columns_batch_q8 = add_columns_batch_q8,
+    .add_columns_batch_f16 = add_columns_batch_f16,
+    .attention_scores = attention_scores,
+    .attention_mix = attention_mix,
+    .float_to_half = float_to_half,
+    .half_to_float = half_to_float,
+};
 
 }  // namespace
 
