@@ -1,6 +1,7 @@
 import { Command, CommanderError } from 'commander';
 import { EXIT, Pi2Error } from '../base/error.js';
 import { readBuild } from '../report/build.js';
+import { convertCommand } from './convert.js';
 import { evalCommand } from './eval.js';
 import { inspectCommand } from './inspect.js';
 import { ExitWith, OutputClosed } from './output.js';
@@ -58,7 +59,7 @@ function buildProgram(): Command {
     .helpOption('-h, --help', 'print this help')
     .helpCommand('help [command]', 'print the help of a command')
     .addHelpText('after', `${EXAMPLES}\n${EXIT_HELP}`);
-  const commands = [runCommand(), evalCommand(), perplexityCommand(), inspectCommand(), verifyCommand()];
+  const commands = [convertCommand(), runCommand(), evalCommand(), perplexityCommand(), inspectCommand(), verifyCommand()];
   for (const command of commands) {
     command
       .option('--verbose', 'print the stack of an error')

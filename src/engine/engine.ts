@@ -1,10 +1,19 @@
 import os from 'node:os';
 import { Pi2Error } from '../base/error.js';
 import { expertCount } from '../format/hyperparameters.js';
+import { NEURONS_FILE } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import { formatBytes } from '../report/format.js';
 import { loadAddon } from './addon.js';
-import type { EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine, NativeTensor } from './contract.js';
+import type {
+  EngineCounters,
+  EngineRequest,
+  KernelSet,
+  NativeAddon,
+  NativeEngine,
+  NativeExtent,
+  NativeTensor,
+} from './contract.js';
 import { ropeFrequencies } from './rope.js';
 
 /**
@@ -155,6 +164,7 @@ function engineRequest(
   return {
     residentPath: model.residentPath,
     neuronsPath: model.neuronsPath,
+    extents: nativeExtents(model),
     tensors: nativeTensors(model),
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
@@ -182,6 +192,19 @@ function engineRequest(
     ...(kernelSet === undefined ? {} : { kernelSet }),
     batchSize: BATCH_SIZE,
   };
+}
+
+/** Every extent with weights; the bundles' own checksums are for reads of single bundles. */
+function nativeExtents(model: ModelDirectory): NativeExtent[] {
+  return model.manifest.extents
+    .filter((extent) => !extent.name.endsWith('.checksums'))
+    .map(({ name, file, offset, bytes, crc32 }) => ({
+      name,
+      file: file === NEURONS_FILE ? 'neurons' : 'resident',
+      offset,
+      bytes,
+      crc32: Number.parseInt(crc32, 16),
+    }));
 }
 
 function nativeTensors(model: ModelDirectory): NativeTensor[] {
@@ -218,6 +241,13 @@ export function nativeError(error: unknown, doing: string): unknown {
         'E_IO',
         `cannot ${doing}: ${message}`,
         'check the disk, then: powerinfer2 verify NAME.pi2',
+        options,
+      );
+    case 'NATIVE_CHECKSUM':
+      return new Pi2Error(
+        'E_CHECKSUM',
+        `cannot ${doing}: ${message}`,
+        'powerinfer2 verify lists all that is wrong; convert the checkpoint again, or copy the directory again',
         options,
       );
     case 'NATIVE_MEMORY':
