@@ -27,9 +27,10 @@ Status closed() { return Status::argument("the engine is closed"); }
 class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
   static Napi::Function define(Napi::Env env) {
-    return DefineClass(env, "NativeEngine",
-                       {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
-                        InstanceMethod<&EngineObject::counters>("counters"), InstanceMethod<&EngineObject::close>("close")});
+    return DefineClass(
+        env, "NativeEngine",
+        {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
+         InstanceMethod<&EngineObject::counters>("counters"), InstanceMethod<&EngineObject::close>("close")});
   }
 
   /** Only openEngine constructs it, with the engine as an External. */
@@ -139,12 +140,12 @@ EngineConfig read_config(Fields& fields) {
   each("extents", [&](Fields& e) {
     const std::string file = e.text("file");
     if (file != "resident" && file != "neurons") e.fail("file must be resident or neurons");
-    config.extents.push_back({e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"),
-                              static_cast<uint32_t>(e.size("crc32"))});
+    config.extents.push_back(
+        {e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"), static_cast<uint32_t>(e.size("crc32"))});
   });
   each("tensors", [&](Fields& e) {
-    config.tensors.push_back({e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"),
-                              e.size("columns")});
+    config.tensors.push_back(
+        {e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"), e.size("columns")});
   });
   for (const double offset : fields.numbers("expertOffsets")) {
     if (!(offset >= 0 && offset <= 9007199254740991.0)) fields.fail("expertOffsets must be sizes");

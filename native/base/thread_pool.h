@@ -1,11 +1,11 @@
 #pragma once
 /**
- * The threads of the token loop. The caller is thread 0; the others spin for a moment between regions (a layer has five, a few
- * microseconds apart) and sleep when nothing comes, so that an idle engine costs nothing.
+ * The threads of the token loop. The caller is thread 0; the others spin for a moment between regions (a layer has five, a
+ * few microseconds apart) and sleep when nothing comes, so that an idle engine costs nothing.
  *
- * A region is claimed chunk by chunk from one atomic ticket (high half: number of the region, low half: next chunk). A worker
- * that wakes late finds the region's number changed and claims nothing, so the caller never waits for a sleeper: it waits
- * only for chunks that were claimed.
+ * A region is claimed chunk by chunk from one atomic ticket (high half: number of the region, low half: next chunk). A
+ * worker that wakes late finds the region's number changed and claims nothing, so the caller never waits for a sleeper: it
+ * waits only for chunks that were claimed.
  */
 #include <atomic>
 #include <cstddef>
@@ -31,9 +31,10 @@ class ThreadPool {
    */
   template <class Work>
   void run(size_t chunks, const Work& work) {
-    run_chunks(chunks, [](const void* context, size_t chunk, size_t thread) {
-      (*static_cast<const Work*>(context))(chunk, thread);
-    }, &work);
+    run_chunks(
+        chunks,
+        [](const void* context, size_t chunk, size_t thread) { (*static_cast<const Work*>(context))(chunk, thread); },
+        &work);
   }
 
  private:

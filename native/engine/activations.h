@@ -7,8 +7,8 @@
 namespace pi2 {
 
 /**
- * The input of a matrix product for up to `most_tokens` tokens: floats padded with zero to whole groups, and their int8 form.
- * A view of memory that the engine owns.
+ * The input of a matrix product for up to `most_tokens` tokens: floats padded with zero to whole groups, and their int8
+ * form. A view of memory that the engine owns.
  */
 class Activations {
  public:

@@ -71,7 +71,8 @@ Status Engine::allocate() {
     next += sizes[i];
   }
   const auto activations = [&](size_t floats, size_t length) {
-    return Activations(reinterpret_cast<float*>(pieces[floats]), reinterpret_cast<QuantizedGroup*>(pieces[floats + 1]), length);
+    return Activations(reinterpret_cast<float*>(pieces[floats]), reinterpret_cast<QuantizedGroup*>(pieces[floats + 1]),
+                       length);
   };
   pool_ = std::make_unique<ThreadPool>(config_.threads);
   hidden_ = reinterpret_cast<float*>(pieces[0]);

@@ -1,7 +1,7 @@
 #pragma once
 /**
- * An open model and one sequence: weights, KV cache and scratch are allocated at open and nothing afterwards. A step computes n
- * tokens through all layers, in batches of at most batch_size.
+ * An open model and one sequence: weights, KV cache and scratch are allocated at open and nothing afterwards. A step
+ * computes n tokens through all layers, in batches of at most batch_size.
  *
  * Threads: `step` is called by one thread at a time (the addon sees to it); inside, the pool's threads share each region's
  * chunks and nothing else.
@@ -37,8 +37,8 @@ class Engine {
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 
   /**
-   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps. `logits`
-   * gets vocab_size floats of each token if `all`, else of the last.
+   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last.
    */
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all);
 

@@ -96,7 +96,8 @@ void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens
   }
 }
 
-/** The chosen experts are those of the largest logits (lowest number first on a tie), weighted by softmax over them alone. */
+/** The chosen experts are those of the largest logits (lowest number first on a tie), weighted by softmax over them alone.
+ */
 void Ffn::route(const LayerWeights& layer, const Activations& x, size_t tokens) {
   const size_t experts = config_->expert_count;
   const size_t batch = config_->batch_size;
@@ -158,8 +159,8 @@ void Ffn::run_expert(const ExpertWeights& expert, const LayerWeights& layer, con
 }
 
 /** Fills columns_ with the chunk's neurons that fire, in order, and returns how many; counts the up rows read. */
-size_t Ffn::find_fired(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, float share, size_t first,
-                       size_t count) {
+size_t Ffn::find_fired(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, float share,
+                       size_t first, size_t count) {
   float gates[kNeuronChunk];
   float ups[kNeuronChunk];
   uint32_t open[kNeuronChunk];  // neurons of the chunk whose gate fires
@@ -216,7 +217,8 @@ void Ffn::run_one(const ExpertWeights& expert, const LayerWeights& layer, const 
   const size_t groups = group_count(config_->hidden_size);
   const size_t ranges = std::min(groups, pool_->threads());
   pool_->run(ranges, [&](size_t range, size_t) {
-    add_columns(*kernels_, expert.down.encoding, columns_, fired, groups * range / ranges, groups * (range + 1) / ranges, out);
+    add_columns(*kernels_, expert.down.encoding, columns_, fired, groups * range / ranges, groups * (range + 1) / ranges,
+                out);
   });
 }
 

@@ -13,9 +13,9 @@ struct FfnCounters {
 };
 
 /**
- * The FFN of one layer, dense or a mixture of experts, exact: every gate is computed, up rows and down columns only of neurons
- * that fire (paper section 1.1). A token's neurons are always summed in ascending order, so the result does not depend on
- * threads or on how tokens are batched.
+ * The FFN of one layer, dense or a mixture of experts, exact: every gate is computed, up rows and down columns only of
+ * neurons that fire (paper section 1.1). A token's neurons are always summed in ascending order, so the result does not
+ * depend on threads or on how tokens are batched.
  */
 class Ffn {
  public:
@@ -43,15 +43,15 @@ class Ffn {
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
   ThreadPool* pool_ = nullptr;
-  float* factors_ = nullptr;       // (neuron, batch): contributions of several tokens
-  float* tiles_ = nullptr;         // (thread, 2, batch, chunk): products of a chunk's rows
-  Column* columns_ = nullptr;      // (chunk, neuron of the chunk): fired neurons of one token
-  uint32_t* fired_ = nullptr;      // (chunk): how many
-  float* expert_out_ = nullptr;    // (batch, hidden)
-  float* shares_ = nullptr;        // (expert, batch): routing weight, 0 if not chosen
-  float* router_logits_ = nullptr; // (expert)
-  float* token_shares_ = nullptr;  // (batch): of one expert's tokens
-  uint32_t* tokens_ = nullptr;     // (batch): one expert's tokens
+  float* factors_ = nullptr;        // (neuron, batch): contributions of several tokens
+  float* tiles_ = nullptr;          // (thread, 2, batch, chunk): products of a chunk's rows
+  Column* columns_ = nullptr;       // (chunk, neuron of the chunk): fired neurons of one token
+  uint32_t* fired_ = nullptr;       // (chunk): how many
+  float* expert_out_ = nullptr;     // (batch, hidden)
+  float* shares_ = nullptr;         // (expert, batch): routing weight, 0 if not chosen
+  float* router_logits_ = nullptr;  // (expert)
+  float* token_shares_ = nullptr;   // (batch): of one expert's tokens
+  uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
   Activations routed_;
   FfnCounters counters_;
 };

@@ -174,7 +174,8 @@ Status Weights::load_neurons(const EngineConfig& config) {
         const size_t first_byte = std::max(begin, expert);
         const size_t end_byte = std::min(begin + bytes, expert + expert_flash_bytes);
         for (size_t at = first_byte; at + layout.unit_bytes <= end_byte; at += layout.unit_bytes) {
-          if ((at - expert) % layout.unit_bytes != 0) return Status::argument(extent.name + ": bundles are not aligned to units");
+          if ((at - expert) % layout.unit_bytes != 0)
+            return Status::argument(extent.name + ": bundles are not aligned to units");
           const size_t first = (at - expert) / layout.unit_bytes * layout.neurons_per_unit;
           const size_t end = std::min(first + layout.neurons_per_unit, config.neuron_count);
           const uint8_t* unit = buffer.data() + (at - begin);

@@ -1,11 +1,11 @@
 /**
- * Kernels for AVX-512 with VNNI. Why they look as they do: a decode step is bound by memory bandwidth only if a core keeps up
- * with about 25 GB/s of int4, so a row must cost little more than loading it.
+ * Kernels for AVX-512 with VNNI. Why they look as they do: a decode step is bound by memory bandwidth only if a core keeps
+ * up with about 25 GB/s of int4, so a row must cost little more than loading it.
  *
  *  - A 32-bit lane holds weights of one block, so `vpdpbusd` sums a block in its lane and one convert and one fused
  *    multiply-add a group apply 16 scale products at once.
- *  - Down columns: a nibble becomes a float by `vpermps` from a table of 16 (which looks only at the low 4 bits of a lane, so
- *    a shift is all the unpacking there is), and the outputs of a group stay in 16 registers over a batch of columns.
+ *  - Down columns: a nibble becomes a float by `vpermps` from a table of 16 (which looks only at the low 4 bits of a lane,
+ * so a shift is all the unpacking there is), and the outputs of a group stay in 16 registers over a batch of columns.
  */
 #include <immintrin.h>
 
@@ -74,8 +74,9 @@ struct Q8 {
 };
 
 /**
- * Prefetches piece number `piece` of the next rows, as one sequential stream: rows of a matrix follow each other in memory, and
- * DRAM gives a core 40 GB/s in sequence but 25 GB/s as four strided streams. Non-temporal: weights are used once a token.
+ * Prefetches piece number `piece` of the next rows, as one sequential stream: rows of a matrix follow each other in memory,
+ * and DRAM gives a core 40 GB/s in sequence but 25 GB/s as four strided streams. Non-temporal: weights are used once a
+ * token.
  */
 template <size_t kGroupBytes>
 inline void prefetch_next_rows(const uint8_t* next, size_t piece) {
@@ -115,7 +116,8 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   }
 }
 
-/** Up to four rows at any address, one token. While they are summed, the rows after them are prefetched one after another. */
+/** Up to four rows at any address, one token. While they are summed, the rows after them are prefetched one after another.
+ */
 template <class Format, size_t kRows>
 inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const uint8_t* const* next, size_t next_count,
                       size_t groups, const QuantizedGroup* x, float* y) {
@@ -124,8 +126,8 @@ inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const ui
   size_t next_row = 0;
   size_t next_group = 0;
   for (size_t g = 0; g < groups; g++) {
-    const GroupWeights values = {{load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128),
-                                  load_line(x[g].values + 192)}};
+    const GroupWeights values = {
+        {load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128), load_line(x[g].values + 192)}};
     const __m512i offset = load_line(x[g].q4_offset);
     const __m512 x_scales = _mm512_load_ps(x[g].scales);
     for (size_t r = 0; r < kRows; r++) {
@@ -349,8 +351,8 @@ inline void add_group_q4(const Column* columns, size_t count, size_t ahead, size
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
     const __m512i line0 = load_line(weights);
     const __m512i line1 = load_line(weights + 64);
-#define PI2_NIBBLE(t)                                                                                              \
-  sums[t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(line0, 4 * (t)), table), factor, sums[t]);     \
+#define PI2_NIBBLE(t)                                                                                          \
+  sums[t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(line0, 4 * (t)), table), factor, sums[t]); \
   sums[8 + (t)] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(line1, 4 * (t)), table), factor, sums[8 + (t)])
     PI2_NIBBLE(0);
     PI2_NIBBLE(1);
@@ -505,7 +507,8 @@ inline void mix_group(Rows columns, size_t count, size_t group, const float* fac
   for (size_t quarter = 0; quarter < 4; quarter++) {
     size_t t = 0;
     for (; t + kMixTokens <= tokens; t += kMixTokens) {
-      mix_quarter<Format, kMixTokens>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride, y_stride);
+      mix_quarter<Format, kMixTokens>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride,
+                                      y_stride);
     }
     for (; t < tokens; t++) {
       mix_quarter<Format, 1>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride, y_stride);
@@ -542,7 +545,8 @@ void add_columns_batch_f16(Rows columns, size_t count, size_t group_begin, size_
 
 // ---- attention and conversions ----------------------------------------------------------------------------------------
 
-void attention_scores(const float* q, const uint16_t* keys, size_t stride, size_t n, size_t count, float scale, float* scores) {
+void attention_scores(const float* q, const uint16_t* keys, size_t stride, size_t n, size_t count, float scale,
+                      float* scores) {
   for (size_t p = 0; p < count; p++) {
     const uint16_t* key = keys + p * stride;
     __m512 sum = _mm512_setzero_ps();
@@ -581,28 +585,30 @@ void half_to_float(const uint16_t* in, size_t n, float* out) {
   for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
 }
 
-constexpr Kernels kTable = {"avx512",
-                            quantize,
-                            dot<Q4>,
-                            dot<Q8>,
-                            dot_f16,
-                            dot_list<Q4>,
-                            dot_list<Q8>,
-                            dot_list_f16,
-                            dot_f32,
-                            matmul<Q4>,
-                            matmul<Q8>,
-                            matmul_f16,
-                            add_columns_q4,
-                            add_columns_q8,
-                            add_columns_f16,
-                            add_columns_batch_q4,
-                            add_columns_batch_q8,
-                            add_columns_batch_f16,
-                            attention_scores,
-                            attention_mix,
-                            float_to_half,
-                            half_to_float};
+constexpr Kernels kTable{
+    .name = "avx512",
+    .quantize = quantize,
+    .dot_q4 = dot<Q4>,
+    .dot_q8 = dot<Q8>,
+    .dot_f16 = dot_f16,
+    .dot_list_q4 = dot_list<Q4>,
+    .dot_list_q8 = dot_list<Q8>,
+    .dot_list_f16 = dot_list_f16,
+    .dot_f32 = dot_f32,
+    .matmul_q4 = matmul<Q4>,
+    .matmul_q8 = matmul<Q8>,
+    .matmul_f16 = matmul_f16,
+    .add_columns_q4 = add_columns_q4,
+    .add_columns_q8 = add_columns_q8,
+    .add_columns_f16 = add_columns_f16,
+    .add_columns_batch_q4 = add_columns_batch_q4,
+    .add_columns_batch_q8 = add_columns_batch_q8,
+    .add_columns_batch_f16 = add_columns_batch_f16,
+    .attention_scores = attention_scores,
+    .attention_mix = attention_mix,
+    .float_to_half = float_to_half,
+    .half_to_float = half_to_float,
+};
 
 }  // namespace
 

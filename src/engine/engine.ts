@@ -246,7 +246,7 @@ export function nativeError(error: unknown, doing: string): unknown {
       return new Pi2Error(
         'E_CHECKSUM',
         `cannot ${doing}: ${message}`,
-        'powerinfer2 verify NAME.pi2 lists all that is wrong; convert the checkpoint again',
+        'powerinfer2 verify lists all that is wrong; convert the checkpoint again, or copy the directory again',
         options,
       );
     case 'NATIVE_MEMORY':
