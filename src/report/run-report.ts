@@ -19,8 +19,8 @@ export interface RunReport {
   family: string;
   quantization: string;
   stop_reason: StopReason;
-  /** The seed that was really used; null for greedy decoding. */
-  seed: number | null;
+  /** The seed that was really used, chosen or given. */
+  seed: number;
   context_length: number;
   prompt_tokens: number;
   generated_tokens: number;
@@ -53,7 +53,7 @@ export interface RunFacts {
   engine: Pick<Engine, 'contextLength' | 'threads' | 'kernelSet' | 'cpuFeatures' | 'loadMs'>;
   timings: GenerationTimings;
   stopReason: StopReason;
-  seed: number | null;
+  seed: number;
   /** Counters after the prompt and at the end. */
   countersAfterPrompt: EngineCounters;
   counters: EngineCounters;
@@ -119,7 +119,7 @@ export function formatRunReport(report: RunReport): string {
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
     ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
     ['stopped by', report.stop_reason.replace('_', ' ')],
-    ['seed', report.seed === null ? '- (greedy)' : String(report.seed)],
+    ['seed', String(report.seed)],
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
