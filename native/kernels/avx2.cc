@@ -346,12 +346,14 @@ INLINE void store_tile(float* y, size_t tile, const __m256 (&acc)[8]) {
   }
 }
 
-/** A mask for each byte of a lane: that byte to the top, the others zero. */
-INLINE __m256i byte_to_top(int byte) {
-  const int zeros = static_cast<int>(0x80808080u & 0x00ffffffu);
-  return _mm256_add_epi32(_mm256_set1_epi32(zeros),
-                          _mm256_setr_epi32(byte << 24, (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24, byte << 24,
-                                            (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24));
+/** Moves byte 0..3 of each 32-bit lane to the top, over zeros. */
+INLINE __m256i byte_to_top(__m256i bytes, int byte) {
+  if (byte == 0) return _mm256_slli_epi32(bytes, 24);
+  if (byte == 3) return _mm256_and_si256(bytes, _mm256_set1_epi32(static_cast<int>(0xff000000u)));
+  const int zeros = -128;
+  const __m128i from = _mm_setr_epi8(zeros, zeros, zeros, byte, zeros, zeros, zeros, byte + 4, zeros, zeros, zeros, byte + 8,
+                                     zeros, zeros, zeros, byte + 12);
+  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(from));
 }
 
 /** The bytes of a tile's weights: those of outputs 0..3 of each block and those of outputs 4..7. */
@@ -370,9 +372,7 @@ INLINE TileBytes load_weights(const uint8_t* group, size_t tile) {
 }
 
 /** Weight k (0..7) of each block as a float, times 2^28 (q4) or 2^24 (q8). */
-INLINE __m256 unpack(const TileBytes& bytes, int k) {
-  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes.half[k / 4], byte_to_top(k % 4)));
-}
+INLINE __m256 unpack(const TileBytes& bytes, int k) { return _mm256_cvtepi32_ps(byte_to_top(bytes.half[k / 4], k % 4)); }
 
 /** factor * scale of each block, times the power of two that `unpack` left. */
 template <bool q4>
