@@ -613,19 +613,26 @@ void test_set(const Kernels& kernels) {
   std::printf("%s: %zu checks, %zu failed\n", kernels.name, check_count - checks_before, failure_count - failures_before);
 }
 
+[[maybe_unused]] void test_or_tell(bool supported, const Kernels& kernels) {
+  if (supported) {
+    test_set(kernels);
+  } else {
+    std::printf("%s: the CPU lacks it\n", kernels.name);
+  }
+}
+
 int run() {
   std::signal(SIGSEGV, report_crash);
   std::signal(SIGBUS, report_crash);
   test_set(scalar_kernels());
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    test_set(avx2_kernels());
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  test_or_tell(avx2, avx2_kernels());
 #if defined(PI2_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    test_set(avx512_kernels());
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  test_or_tell(avx2 && avx512, avx512_kernels());
 #endif
 #endif
 #if defined(__aarch64__)

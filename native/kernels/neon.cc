@@ -154,7 +154,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
       for (size_t r = 0; r < R; r++) {
         for (size_t t = 0; t < T; t++) sums[r][t] = vld1q_s32(x[t * x_stride + g].q4_offset + 4 * h);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (size_t i = 0; i < 4; i++) {
         // Vector i is half i % 2 of line i / 2; its low nibbles meet line 2 (i / 2) of the activations, its high ones the
         // next.
@@ -192,7 +192,7 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
 #pragma GCC unroll 2
     for (size_t h = 0; h < 2; h++) {
       int32x4_t sums[R][T] = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (size_t i = 0; i < 8; i++) {
         int8x16_t w[R];
         for (size_t r = 0; r < R; r++) {
@@ -286,7 +286,7 @@ void dot_f32(const float* rows, size_t row_count, size_t n, const float* x, floa
 // -- Sums of down columns ---------------------------------------------------------------------------------------------
 //
 // The 4 bytes of a 32-bit lane are neighbours in their block, so widening a register of bytes gives floats in natural order,
-// 4 of each block. The unit of work is a tile: 16 registers of outputs over a chunk of columns.
+// 4 of each block. The unit of work is half a tile: 8 registers of outputs over a chunk of columns.
 
 /** Columns summed before moving on to the next group: few enough for their next lines to be fetched ahead. */
 constexpr size_t kChunk = 8;
@@ -301,42 +301,40 @@ INLINE BlockFactors block_factors(const uint8_t* scales, size_t group, float fac
   return {{vmulq_n_f32(vcvt_f32_f16(vget_low_f16(all)), factor), vmulq_n_f32(vcvt_high_f32_f16(all), factor)}};
 }
 
-/** 16 weights: 4 of each of 4 blocks. */
-struct Quads {
-  float32x4_t block[4];
-};
-
-/** q - 8 for 16 nibbles q: half floats of these integers need only their upper byte, which a table gives. */
-INLINE Quads unpack_nibbles(uint8x16_t nibbles) {
+/** out[b] = q - 8 for 4 nibbles q of block b: half floats of these integers need only their upper byte, from a table. */
+INLINE void unpack_nibbles(uint8x16_t nibbles, float32x4_t (&out)[4]) {
   const uint8_t halves[16] = {0xc8, 0xc7, 0xc6, 0xc5, 0xc4, 0xc2, 0xc0, 0xbc,
                               0x00, 0x3c, 0x40, 0x42, 0x44, 0x45, 0x46, 0x47};
   const uint8x16_t upper = vqtbl1q_u8(vld1q_u8(halves), nibbles);
   const float16x8_t first = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(upper), 8));
   const float16x8_t second = vreinterpretq_f16_u16(vshll_high_n_u8(upper, 8));
-  return {{vcvt_f32_f16(vget_low_f16(first)), vcvt_high_f32_f16(first), vcvt_f32_f16(vget_low_f16(second)),
-           vcvt_high_f32_f16(second)}};
+  out[0] = vcvt_f32_f16(vget_low_f16(first));
+  out[1] = vcvt_high_f32_f16(first);
+  out[2] = vcvt_f32_f16(vget_low_f16(second));
+  out[3] = vcvt_high_f32_f16(second);
 }
 
-INLINE Quads unpack_bytes(uint8x16_t bytes) {
+INLINE void unpack_bytes(uint8x16_t bytes, float32x4_t (&out)[4]) {
   const int8x16_t values = vreinterpretq_s8_u8(bytes);
   const int16x8_t first = vmovl_s8(vget_low_s8(values)), second = vmovl_high_s8(values);
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(first))), vcvtq_f32_s32(vmovl_high_s16(first)),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(second))), vcvtq_f32_s32(vmovl_high_s16(second))}};
+  out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(first)));
+  out[1] = vcvtq_f32_s32(vmovl_high_s16(first));
+  out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(second)));
+  out[3] = vcvtq_f32_s32(vmovl_high_s16(second));
 }
 
-/** A tile's weights of blocks 4 h .. 4 h + 3: part 0 and 1 are the first and second 4 elements of each block. */
-struct TileHalf {
-  Quads part[2];
-};
-
+/** A tile's weights of blocks 4 h .. 4 h + 3: out[0] and out[1] are the first and second 4 elements of each block. */
 template <bool q4>
-INLINE TileHalf unpack_tile(const uint8_t* group, size_t tile, size_t h) {
-  if (!q4) {
+INLINE void unpack_tile(const uint8_t* group, size_t tile, size_t h, float32x4_t (&out)[2][4]) {
+  if (q4) {
+    const uint8x16_t w = load_bytes(group + 32 * tile + 16 * h);
+    unpack_nibbles(vandq_u8(w, vdupq_n_u8(15)), out[0]);
+    unpack_nibbles(vshrq_n_u8(w, 4), out[1]);
+  } else {
     const uint8_t* bytes = group + 64 * tile + 16 * h;
-    return {{unpack_bytes(load_bytes(bytes)), unpack_bytes(load_bytes(bytes + 32))}};
+    unpack_bytes(load_bytes(bytes), out[0]);
+    unpack_bytes(load_bytes(bytes + 32), out[1]);
   }
-  const uint8x16_t w = load_bytes(group + 32 * tile + 16 * h);
-  return {{unpack_nibbles(vandq_u8(w, vdupq_n_u8(15))), unpack_nibbles(vshrq_n_u8(w, 4))}};
 }
 
 /** Element of a block where part `part` of tile `tile` (0..3) begins. */
@@ -345,12 +343,27 @@ INLINE size_t part_element(size_t tile, size_t part) {
   return q4 ? 16 * (tile / 2) + 4 * (tile % 2) + 8 * part : 8 * tile + 4 * part;
 }
 
-/** acc + weights * factors[block]; the lane must be a constant. */
-INLINE void add_quads(float32x4_t (&acc)[4], const Quads& weights, float32x4_t factors) {
-  acc[0] = vfmaq_laneq_f32(acc[0], weights.block[0], factors, 0);
-  acc[1] = vfmaq_laneq_f32(acc[1], weights.block[1], factors, 1);
-  acc[2] = vfmaq_laneq_f32(acc[2], weights.block[2], factors, 2);
-  acc[3] = vfmaq_laneq_f32(acc[3], weights.block[3], factors, 3);
+/** acc[b] += weights[b] * factors[b]. */
+INLINE void add_weights(float32x4_t (&acc)[4], const float32x4_t (&weights)[4], float32x4_t factors) {
+  acc[0] = vfmaq_laneq_f32(acc[0], weights[0], factors, 0);
+  acc[1] = vfmaq_laneq_f32(acc[1], weights[1], factors, 1);
+  acc[2] = vfmaq_laneq_f32(acc[2], weights[2], factors, 2);
+  acc[3] = vfmaq_laneq_f32(acc[3], weights[3], factors, 3);
+}
+
+/** Outputs of 4 blocks that a tile's half adds to; `block` is the first output of the first of them. */
+template <bool q4>
+INLINE void load_outputs(const float* block, size_t tile, float32x4_t (&acc)[2][4]) {
+  for (size_t part = 0; part < 2; part++) {
+    for (size_t b = 0; b < 4; b++) acc[part][b] = vld1q_f32(block + b * kBlock + part_element<q4>(tile, part));
+  }
+}
+
+template <bool q4>
+INLINE void store_outputs(const float32x4_t (&acc)[2][4], size_t tile, float* block) {
+  for (size_t part = 0; part < 2; part++) {
+    for (size_t b = 0; b < 4; b++) vst1q_f32(block + b * kBlock + part_element<q4>(tile, part), acc[part][b]);
+  }
 }
 
 /**
@@ -381,27 +394,17 @@ void add_columns(const Column* columns, size_t count, size_t group_begin, size_t
       BlockFactors factors[kChunk];
       for (size_t c = 0; c < chunk_count; c++) factors[c] = block_factors(chunk[c].scales, g, chunk[c].factor);
       for (size_t tile = 0; tile < 4; tile++) {
-        float32x4_t acc[2][2][4];  // [half of the blocks][part][block of the half]
-        float* group_y = y + g * kGroup;
         for (size_t h = 0; h < 2; h++) {
-          for (size_t part = 0; part < 2; part++) {
-            float* from = group_y + 4 * h * kBlock + part_element<q4>(tile, part);
-            for (size_t b = 0; b < 4; b++) acc[h][part][b] = vld1q_f32(from + b * kBlock);
+          float* block = y + g * kGroup + 4 * h * kBlock;
+          float32x4_t acc[2][4];
+          load_outputs<q4>(block, tile, acc);
+          for (size_t c = 0; c < chunk_count; c++) {
+            float32x4_t weights[2][4];
+            unpack_tile<q4>(chunk[c].weights + g * group_bytes, tile, h, weights);
+            add_weights(acc[0], weights[0], factors[c].half[h]);
+            add_weights(acc[1], weights[1], factors[c].half[h]);
           }
-        }
-        for (size_t c = 0; c < chunk_count; c++) {
-#pragma GCC unroll 2
-          for (size_t h = 0; h < 2; h++) {
-            const TileHalf weights = unpack_tile<q4>(chunk[c].weights + g * group_bytes, tile, h);
-            add_quads(acc[h][0], weights.part[0], factors[c].half[h]);
-            add_quads(acc[h][1], weights.part[1], factors[c].half[h]);
-          }
-        }
-        for (size_t h = 0; h < 2; h++) {
-          for (size_t part = 0; part < 2; part++) {
-            float* to = group_y + 4 * h * kBlock + part_element<q4>(tile, part);
-            for (size_t b = 0; b < 4; b++) vst1q_f32(to + b * kBlock, acc[h][part][b]);
-          }
+          store_outputs<q4>(acc, tile, block);
         }
       }
     }
@@ -457,11 +460,9 @@ void unpack_group(const uint8_t* column, size_t g, float* out) {
   const uint8_t* group = column + g * (q4 ? kQ4GroupBytes : kQ8GroupBytes);
   for (size_t tile = 0; tile < 4; tile++) {
     for (size_t h = 0; h < 2; h++) {
-      const TileHalf weights = unpack_tile<q4>(group, tile, h);
-      for (size_t part = 0; part < 2; part++) {
-        float* to = out + 4 * h * kBlock + part_element<q4>(tile, part);
-        for (size_t b = 0; b < 4; b++) vst1q_f32(to + b * kBlock, weights.part[part].block[b]);
-      }
+      float32x4_t weights[2][4];
+      unpack_tile<q4>(group, tile, h, weights);
+      store_outputs<q4>(weights, tile, out + 4 * h * kBlock);
     }
   }
 }
