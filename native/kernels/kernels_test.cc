@@ -152,9 +152,12 @@ struct Matrix {
   std::vector<std::vector<double>> values;
 
   Matrix(Encoding encoding_, size_t count, size_t groups_)
+      : Matrix(encoding_, count, groups_, weight_bytes(encoding_, groups_ * kGroup) + random_below(80)) {}
+
+  Matrix(Encoding encoding_, size_t count, size_t groups_, size_t stride_)
       : encoding(encoding_),
         groups(groups_),
-        stride(weight_bytes(encoding, groups * kGroup) + random_below(80)),
+        stride(stride_),
         weights((count - 1) * stride + weight_bytes(encoding, groups * kGroup)),
         scales((count - 1) * stride + kGroupScaleBytes * groups) {
     for (size_t i = 0; i < weights.size(); i++) weights[i] = static_cast<uint8_t>(random_bits() >> 9);
@@ -539,6 +542,30 @@ void test_add(const Kernels& kernels, Encoding encoding, size_t count, size_t gr
   }
 }
 
+/** A column that no token uses need not be in memory: here each has a page of its own, and every other one loses it. */
+void test_unread(const Kernels& kernels, Encoding encoding) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), count = 24, tokens = 3, n = 2 * kGroup;
+  const Matrix matrix(encoding, count, 2, page);
+  std::vector<float> factors(count * tokens), y(tokens * n, 0);
+  for (size_t c = 0; c < count; c += 2) {
+    for (size_t t = 0; t < tokens; t++) factors[c * tokens + t] = random_float();
+    for (const Guarded<uint8_t>* array : {&matrix.weights, &matrix.scales}) {
+      uint8_t* page_of_next = array->data() + array->size() - (count - c - 1) * page;
+      if (mprotect(page_of_next, page, PROT_NONE) != 0) std::abort();
+    }
+  }
+  run_batch(kernels, encoding, matrix.rows(), count, 0, 2, factors.data(), tokens, tokens, y.data(), n);
+  for (size_t i = 0; i < tokens * n; i++) {
+    double expected = 0, terms = 0;
+    for (size_t c = 0; c < count; c++) {
+      const double term = static_cast<double>(factors[c * tokens + i / n]) * matrix.values[c][i % n];
+      expected += term;
+      terms += std::fabs(term);
+    }
+    check_close(static_cast<double>(y[i]), expected, terms, count, "output beside unread columns", i);
+  }
+}
+
 void test_adds(const Kernels& kernels) {
   for (const Encoding encoding : kEncodings) {
     char name[48];
@@ -550,6 +577,7 @@ void test_adds(const Kernels& kernels) {
       test_add(kernels, encoding, 1 + random_below(40), 1 + random_below(2), tokens);
     }
     test_add(kernels, encoding, 90, 2, 40);
+    test_unread(kernels, encoding);
   }
 }
 
