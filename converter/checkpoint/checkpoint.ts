@@ -1,0 +1,147 @@
+import type { FileHandle } from 'node:fs/promises';
+import { basename, join, resolve } from 'node:path';
+import { Pi2Error } from '../../src/base/error.js';
+import { Config } from './config.js';
+import { readHyperparameters } from './families.js';
+import { CONFIG_FILE, findFiles, GENERATION_FILE, openFile, readJsonObject } from './files.js';
+import type { SourceModel, SourceTensor } from './model.js';
+import { quoted, readFully, readHeader } from './safetensors.js';
+import { findTensors, type LocatedTensor } from './tensors.js';
+
+/** A file of the checkpoint that decides what the model is. */
+export interface Source {
+  /** Name inside the checkpoint's directory. */
+  file: string;
+  bytes: number;
+}
+
+/**
+ * A HuggingFace checkpoint directory, opened: everything is checked but the weights themselves, which are read piece by
+ * piece. Holds its weight files open until `close`.
+ */
+export class Checkpoint {
+  /** As given to `open`. */
+  readonly directory: string;
+  /** Name of the directory, which becomes the model's. */
+  readonly name: string;
+  readonly model: SourceModel;
+  /** config.json, the index if there is one, then the weight files by name. */
+  readonly sources: readonly Source[];
+  /** Tokenizer and generation files that are there, to go with the model. */
+  readonly textFiles: readonly string[];
+  readonly #tensors: ReadonlyMap<string, LocatedTensor>;
+  readonly #handles: ReadonlyMap<string, FileHandle>;
+
+  private constructor(parts: {
+    directory: string;
+    model: SourceModel;
+    sources: Source[];
+    textFiles: string[];
+    tensors: ReadonlyMap<string, LocatedTensor>;
+    handles: ReadonlyMap<string, FileHandle>;
+  }) {
+    this.directory = parts.directory;
+    this.name = basename(resolve(parts.directory));
+    this.model = parts.model;
+    this.sources = parts.sources;
+    this.textFiles = parts.textFiles;
+    this.#tensors = parts.tensors;
+    this.#handles = parts.handles;
+  }
+
+  /**
+   * Opens a checkpoint. Throws `E_CHECKPOINT` (not a usable directory), `E_PICKLE`, `E_CONFIG`, `E_UNSUPPORTED`,
+   * `E_SAFETENSORS`, `E_TENSOR`, or `E_FILE` and `E_IO` from the file system.
+   */
+  static async open(directory: string): Promise<Checkpoint> {
+    const files = await findFiles(directory);
+    const configFile = await readJsonObject(directory, CONFIG_FILE);
+    const sources: Source[] = [{ file: CONFIG_FILE, bytes: configFile.bytes }];
+    const hyperparameters = readHyperparameters(
+      new Config(configFile.value, join(directory, CONFIG_FILE)),
+      await openGeneration(directory, files.texts),
+    );
+    const handles = new Map<string, FileHandle>();
+    try {
+      for (const file of [...(files.index ? [files.index] : []), ...files.weights]) {
+        const handle = await openFile(directory, file);
+        handles.set(file, handle);
+        sources.push({ file, bytes: (await handle.stat()).size });
+      }
+      const tensors = await locateTensors(directory, files.weights, handles, files.shardOf);
+      const model = findTensors(hyperparameters, tensors);
+      return new Checkpoint({ directory, model, sources, textFiles: files.texts, tensors, handles });
+    } catch (error) {
+      for (const handle of handles.values()) await handle.close();
+      throw error;
+    }
+  }
+
+  /** Bytes of a tensor of this checkpoint's model. */
+  bytes(tensor: SourceTensor): number {
+    return this.#locate(tensor).bytes;
+  }
+
+  /**
+   * Fills `target` with the tensor's bytes from `byteOffset` on. Throws `E_IO` that names the file when it has become too
+   * short, and a `RangeError` when asked for bytes that the tensor does not have.
+   */
+  async read(tensor: SourceTensor, byteOffset: number, target: Uint8Array): Promise<void> {
+    const { file, offset, bytes } = this.#locate(tensor);
+    if (!Number.isSafeInteger(byteOffset) || byteOffset < 0 || byteOffset + target.length > bytes) {
+      throw new RangeError(`bytes ${byteOffset} + ${target.length} of ${tensor.name}, which has ${bytes}`);
+    }
+    const handle = this.#handles.get(file) as FileHandle;
+    await readFully(handle, target, offset + byteOffset, join(this.directory, file));
+  }
+
+  async close(): Promise<void> {
+    for (const handle of this.#handles.values()) await handle.close();
+  }
+
+  #locate(tensor: SourceTensor): LocatedTensor {
+    const located = this.#tensors.get(tensor.name);
+    if (!located) throw new RangeError(`${tensor.name} is not a tensor of ${this.directory}`);
+    return located;
+  }
+}
+
+async function openGeneration(directory: string, texts: string[]): Promise<Config | null> {
+  if (!texts.includes(GENERATION_FILE)) return null;
+  const { value } = await readJsonObject(directory, GENERATION_FILE);
+  return new Config(value, join(directory, GENERATION_FILE));
+}
+
+/** Reads all headers; every tensor once, and where the index says it is. */
+async function locateTensors(
+  directory: string,
+  weights: string[],
+  handles: ReadonlyMap<string, FileHandle>,
+  shardOf: Map<string, string> | null,
+): Promise<Map<string, LocatedTensor>> {
+  const tensors = new Map<string, LocatedTensor>();
+  for (const file of weights) {
+    for (const tensor of await readHeader(handles.get(file) as FileHandle, join(directory, file))) {
+      const other = tensors.get(tensor.name);
+      if (other) {
+        throw new Pi2Error(
+          'E_SAFETENSORS',
+          `${join(directory, file)}: tensor ${quoted(tensor.name)} is in ${other.file} as well`,
+          'shards of different checkpoints seem mixed: download them again',
+        );
+      }
+      tensors.set(tensor.name, { ...tensor, file });
+    }
+  }
+  for (const [name, shard] of shardOf ?? []) {
+    const found = tensors.get(name);
+    if (found?.file !== shard) {
+      throw new Pi2Error(
+        'E_SAFETENSORS',
+        `${join(directory, shard)}: it has no tensor ${quoted(name)}, although the index says so`,
+        found ? `the tensor is in ${found.file}: download the index again` : 'download this file again',
+      );
+    }
+  }
+  return tensors;
+}

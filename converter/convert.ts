@@ -1,0 +1,310 @@
+import { availableParallelism } from 'node:os';
+import { basename, join, resolve } from 'node:path';
+import { ERROR_CODES, Pi2Error } from '../src/base/error.js';
+import { PROGRAM_VERSION } from '../src/base/version.js';
+import { loadAddon } from '../src/engine/addon.js';
+import {
+  FORMAT_VERSION,
+  MANIFEST_FILE,
+  NEURONS_FILE,
+  type QuantizationName,
+  RESIDENT_FILE,
+} from '../src/format/manifest.js';
+import { Checkpoint } from './checkpoint/checkpoint.js';
+import { type Recipe, recipeFor } from './quantize/recipe.js';
+import { bitsPerWeight, type ConvertResult } from './result.js';
+import { checkUnchanged, hashSource, type SourceState, sourceStates } from './sources.js';
+import { conversionOrder, type Plan, planExtents } from './steps/extents.js';
+import { divideMemory } from './steps/memory.js';
+import { cutPieces, loadBytes, type Piece } from './steps/pieces.js';
+import { runPieces, type Workshop } from './steps/run-pieces.js';
+import { Journal, type JournalHeader, type Progress } from './write/journal.js';
+import { Lock } from './write/lock.js';
+import { makeManifest } from './write/manifest.js';
+import { checkOutputName, copySynced, JOURNAL_FILE, Output, OutputFile, writeSynced } from './write/output.js';
+
+export interface ConvertOptions {
+  /** Directory of the checkpoint. */
+  checkpoint: string;
+  /** `NAME.pi2`. Default: the checkpoint's name in the current directory. */
+  output?: string;
+  quantization: QuantizationName;
+  /** Most memory that the process may have resident. */
+  maxMemoryBytes: number;
+  /** Replace an existing model, once the new one is whole. */
+  force: boolean;
+}
+
+/** What a conversion tells while it runs. */
+export type ConvertEvent =
+  | { type: 'note'; text: string }
+  | {
+      type: 'progress';
+      /** Extent that is made, or what is done to finish. */
+      step: string;
+      /** Bytes of the checkpoint's weights that are converted, those of an earlier run included. */
+      bytesDone: number;
+      bytesTotal: number;
+      /** Of this run; 0 before anything is converted. */
+      bytesPerSecond: number;
+      secondsLeft: number | null;
+    };
+
+const CONVERTER = `powerinfer2 ${PROGRAM_VERSION}`;
+/** Manifest, journal and the last pages of files, beyond what the plan and the text files take. */
+const SPARE_DISK_BYTES = 1024 * 1024;
+
+/**
+ * Converts a HuggingFace checkpoint into a model directory `NAME.pi2` (docs/FORMAT.md). Killed or interrupted at any moment,
+ * the same call continues, and the result is byte for byte that of an uninterrupted run. Throws `Pi2Error`: those of
+ * `Checkpoint.open`, `E_USAGE`, `E_EXISTS`, `E_MEMORY`, `E_DISK_FULL`, `E_NOT_FINITE`, `E_CHANGED`, `E_IO`, and
+ * `E_INTERRUPTED` when `signal` is aborted.
+ */
+export async function convert(
+  options: ConvertOptions,
+  onEvent: (event: ConvertEvent) => void,
+  signal: AbortSignal,
+): Promise<ConvertResult> {
+  const path = resolve(options.output ?? `${basename(resolve(options.checkpoint)) || 'model'}.pi2`);
+  await checkOutputName(path);
+  const output = new Output(path);
+  const lock = await Lock.take(output.lockPath);
+  try {
+    await output.checkFree(options.force);
+    const checkpoint = await Checkpoint.open(options.checkpoint);
+    try {
+      return await convertCheckpoint(checkpoint, output, options, onEvent, signal);
+    } catch (error) {
+      // What came of a checkpoint that cannot be used is of no use either.
+      if (error instanceof Pi2Error && ERROR_CODES[error.code] === 'badInput') await output.removePartial();
+      throw error;
+    } finally {
+      await checkpoint.close();
+    }
+  } finally {
+    await lock.release();
+  }
+}
+
+async function convertCheckpoint(
+  checkpoint: Checkpoint,
+  output: Output,
+  options: ConvertOptions,
+  onEvent: (event: ConvertEvent) => void,
+  signal: AbortSignal,
+): Promise<ConvertResult> {
+  const started = performance.now();
+  const { model, directory } = checkpoint;
+  const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings);
+  const files = [...new Set([...checkpoint.sources.map((source) => source.file), ...checkpoint.textFiles])];
+  const states = await sourceStates(directory, files);
+  const textBytes = sum(
+    states.filter((state) => checkpoint.textFiles.includes(state.file)).map((state) => state.bytes),
+  );
+
+  const plan = planExtents(model, recipe);
+  const limits = divideMemory(plan, options.maxMemoryBytes, process.memoryUsage.rss());
+  await output.checkSpace(plan.residentBytes + plan.neuronsBytes + textBytes + SPARE_DISK_BYTES);
+  const { journal, progress } = await openJournal(output, plan, recipe, directory, states, onEvent);
+  const resumed = progress.pieces.size + progress.hashes.size > 0;
+  let convertedBytes = 0;
+  try {
+    const targets: Workshop['files'] = {
+      [RESIDENT_FILE]: await OutputFile.open(output.partial(RESIDENT_FILE)),
+      [NEURONS_FILE]: await OutputFile.open(output.partial(NEURONS_FILE)),
+    };
+    try {
+      const pieces = conversionOrder(plan).flatMap((extent) =>
+        cutPieces(extent, progress.pieces.get(extent.name)?.done ?? 0, limits),
+      );
+      const meter = new Meter(plan, pieces, onEvent);
+      if (resumed) onEvent({ type: 'note', text: `continuing: ${meter.percent} % were converted before` });
+      await together(signal, [
+        (stop) =>
+          runPieces(pieces, {
+            addon: loadAddon(),
+            checkpoint,
+            files: targets,
+            journal,
+            progress,
+            threads: availableParallelism(),
+            signal: stop,
+            onLoad: (piece, bytes) => meter.count(piece, bytes),
+          }).then(() => meter.step('hashing the sources')),
+        (stop) => hashSources(directory, states, progress, journal, stop),
+      ]);
+      convertedBytes = meter.convertedBytes;
+      meter.step('finishing');
+      await checkSizes(plan, targets);
+      for (const file of checkpoint.textFiles) await copySynced(join(directory, file), output.partial(file));
+      await checkUnchanged(directory, states);
+    } finally {
+      for (const file of Object.values(targets)) await file.close();
+    }
+  } finally {
+    await journal.close();
+  }
+  const manifest = makeManifest({
+    name: checkpoint.name,
+    hyperparameters: model.hyperparameters,
+    recipe,
+    plan,
+    progress,
+    converter: CONVERTER,
+    sources: states.map(({ file, bytes }) => ({ file, bytes, sha256: progress.hashes.get(file) as string })),
+  });
+  const manifestText = `${JSON.stringify(manifest, null, 1)}\n`;
+  await writeSynced(output.partial(MANIFEST_FILE), manifestText);
+  if (signal.aborted) throw interrupted();
+  await output.publish();
+
+  const seconds = (performance.now() - started) / 1000;
+  return {
+    output: output.path,
+    quantization: manifest.quantization,
+    bytes: plan.residentBytes + plan.neuronsBytes + textBytes + Buffer.byteLength(manifestText),
+    residentBytes: plan.residentBytes,
+    neuronsBytes: plan.neuronsBytes,
+    bitsPerWeight: bitsPerWeight(plan),
+    seconds,
+    sourceBytes: convertedBytes,
+    sourceBytesPerSecond: convertedBytes / seconds,
+    peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
+    ignored: model.ignored,
+    hasTokenizer: checkpoint.textFiles.includes('tokenizer.json'),
+    resumed,
+  };
+}
+
+/** Continues the journal of an earlier run of the same conversion, or empties the partial directory and begins one. */
+async function openJournal(
+  output: Output,
+  plan: Plan,
+  recipe: Recipe,
+  directory: string,
+  sources: SourceState[],
+  onEvent: (event: ConvertEvent) => void,
+): Promise<{ journal: Journal; progress: Progress }> {
+  const header: JournalHeader = {
+    journal: 1,
+    format_version: FORMAT_VERSION,
+    converter: CONVERTER,
+    recipe: { ...recipe },
+    checkpoint: resolve(directory),
+    sources,
+  };
+  await output.makePartial();
+  const journalPath = output.partial(JOURNAL_FILE);
+  const found = await Journal.resume(journalPath, header);
+  let reason = found.journal ? null : found.reason;
+  if (found.journal) {
+    if (await holdsWhatIsRecorded(output, plan, found.progress)) return found;
+    await found.journal.close();
+    reason = 'its files are shorter than its journal says';
+  }
+  if (reason) onEvent({ type: 'note', text: `starting over, ${output.partialPath} cannot be continued: ${reason}` });
+  await output.clearPartial();
+  return {
+    journal: await Journal.create(journalPath, header),
+    progress: { pieces: new Map(), hashes: new Map() },
+  };
+}
+
+/** Whether every recorded byte can be there: the journal speaks of this plan, and the files are long enough. */
+async function holdsWhatIsRecorded(output: Output, plan: Plan, progress: Progress): Promise<boolean> {
+  const sizes = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0 };
+  for (const file of [RESIDENT_FILE, NEURONS_FILE] as const) sizes[file] = await output.partialSize(file);
+  const extents = new Map(conversionOrder(plan).map((extent) => [extent.name, extent]));
+  for (const { extent: name, done } of progress.pieces.values()) {
+    const extent = extents.get(name);
+    if (!extent || done > extent.bytes || extent.offset + done > sizes[extent.file]) return false;
+  }
+  return true;
+}
+
+/** Hashes what the journal has no hash of. */
+async function hashSources(
+  directory: string,
+  states: SourceState[],
+  progress: Progress,
+  journal: Journal,
+  signal: AbortSignal,
+): Promise<void> {
+  for (const state of states) {
+    if (progress.hashes.has(state.file)) continue;
+    const sha256 = await hashSource(directory, state, signal);
+    await journal.record({ source: state.file, sha256 });
+    progress.hashes.set(state.file, sha256);
+  }
+}
+
+/** The same check that readers make, before the directory gets its name. */
+async function checkSizes(plan: Plan, files: Workshop['files']): Promise<void> {
+  const sizes = { [RESIDENT_FILE]: plan.residentBytes, [NEURONS_FILE]: plan.neuronsBytes };
+  for (const file of [RESIDENT_FILE, NEURONS_FILE] as const) {
+    const size = await files[file].size();
+    if (size !== sizes[file]) {
+      throw new Pi2Error(
+        'E_IO',
+        `${file} has ${size} bytes in place of ${sizes[file]}`,
+        'another program has written to it: remove the .partial directory and convert again',
+      );
+    }
+  }
+}
+
+/** Runs tasks until all are done or one fails, which stops the others; returns when none runs any more. */
+async function together(signal: AbortSignal, tasks: ((stop: AbortSignal) => Promise<void>)[]): Promise<void> {
+  const failure = new AbortController();
+  const stop = AbortSignal.any([signal, failure.signal]);
+  await Promise.all(tasks.map((task) => task(stop).catch((error) => failure.abort(error))));
+  if (signal.aborted) throw interrupted();
+  failure.signal.throwIfAborted();
+}
+
+function interrupted(): Pi2Error {
+  return new Pi2Error('E_INTERRUPTED', 'stopped before the end', 'the same command continues where this one stopped');
+}
+
+/** Counts converted bytes and tells of them. */
+class Meter {
+  readonly #plan: Plan;
+  readonly #before: number;
+  readonly #onEvent: (event: ConvertEvent) => void;
+  readonly #started = performance.now();
+  convertedBytes = 0;
+
+  constructor(plan: Plan, pieces: Piece[], onEvent: (event: ConvertEvent) => void) {
+    this.#plan = plan;
+    this.#before = plan.sourceBytes - sum(pieces.flatMap((piece) => piece.loads.map(loadBytes)));
+    this.#onEvent = onEvent;
+  }
+
+  get percent(): number {
+    return Math.floor((100 * (this.#before + this.convertedBytes)) / this.#plan.sourceBytes);
+  }
+
+  count(piece: Piece, bytes: number): void {
+    this.convertedBytes += bytes;
+    this.step(piece.extent.name);
+  }
+
+  step(step: string): void {
+    const bytesDone = this.#before + this.convertedBytes;
+    const bytesPerSecond = (1000 * this.convertedBytes) / (performance.now() - this.#started);
+    const left = this.#plan.sourceBytes - bytesDone;
+    const secondsLeft = bytesPerSecond > 0 ? left / bytesPerSecond : null;
+    this.#onEvent({
+      type: 'progress',
+      step,
+      bytesDone,
+      bytesTotal: this.#plan.sourceBytes,
+      bytesPerSecond,
+      secondsLeft,
+    });
+  }
+}
+
+function sum(numbers: number[]): number {
+  return numbers.reduce((total, number) => total + number, 0);
+}

@@ -1,0 +1,196 @@
+import { Pi2Error } from '../../src/base/error.js';
+import { type Encoding, rowBytes } from '../../src/format/encoding.js';
+import { expertCount } from '../../src/format/hyperparameters.js';
+import { type BundleLayout, chooseBundleLayout, expertBytes, roundUpToPage } from '../../src/format/layout.js';
+import { type Extent, NEURONS_FILE, RESIDENT_FILE, type TensorEntry } from '../../src/format/manifest.js';
+import type { SourceExpert, SourceLayer, SourceModel, SourceTensor } from '../checkpoint/model.js';
+import type { MatrixEncoding, Recipe } from '../quantize/recipe.js';
+
+/** Tensors begin on a cache line. */
+export const TENSOR_ALIGNMENT = 64;
+/** A neuron's checksums: CRC-32 of part 1 and of part 2. */
+export const CHECKSUM_BYTES = 8;
+
+type Place = Omit<Extent, 'crc32'>;
+
+/** A tensor to be, and the rows of the checkpoint it is made of. */
+export interface PlannedTensor extends Omit<TensorEntry, 'encoding'> {
+  encoding: Encoding;
+  source: SourceTensor;
+  firstSourceRow: number;
+}
+
+/** An extent of matrices and vectors that are encoded row by row. */
+export interface TensorExtent extends Place {
+  kind: 'tensors';
+  tensors: PlannedTensor[];
+}
+
+/** One layer's FFN: the bundles of its experts. */
+export interface NeuronExtent extends Place {
+  kind: 'neurons';
+  experts: SourceExpert[];
+  neuronCount: number;
+  hiddenSize: number;
+  encoding: MatrixEncoding;
+  layout: BundleLayout;
+  checksums: ChecksumExtent;
+}
+
+/** One layer's bundle checksums, filled while its neurons are written. */
+export interface ChecksumExtent extends Place {
+  kind: 'checksums';
+  tensor: TensorEntry;
+}
+
+/** Where every byte of the model directory will be, decided before the first is written. */
+export interface Plan {
+  /** In order of file and offset. */
+  resident: (TensorExtent | ChecksumExtent)[];
+  neurons: NeuronExtent[];
+  layout: BundleLayout;
+  residentBytes: number;
+  neuronsBytes: number;
+  /** Bytes of the checkpoint that are read to be encoded. */
+  sourceBytes: number;
+}
+
+/**
+ * Lays out `resident.bin` and `neurons.bin` (FORMAT.md sections 3 and 4). A pure function of the checkpoint's shapes:
+ * neither memory nor threads have a say, so the same checkpoint and recipe always give the same files.
+ */
+export function planExtents(model: SourceModel, recipe: Recipe): Plan {
+  const h = model.hyperparameters;
+  const matrices = h.ffn.gated ? 3 : 2;
+  const layout = chooseBundleLayout(recipe.ffn, h.hidden_size, matrices);
+  const resident = new FilePlanner(RESIDENT_FILE);
+  const neurons = new FilePlanner(NEURONS_FILE);
+  const residentExtents: Plan['resident'] = [];
+
+  const embedding = new TensorPlanner('embedding');
+  embedding.add('embedding', model.embedding, recipe.embedding);
+  if (model.position_embedding) {
+    const { tensor, skippedRows } = model.position_embedding;
+    embedding.add('position_embedding', tensor, recipe.embedding, skippedRows);
+  }
+  residentExtents.push(resident.tensorExtent(embedding));
+  model.layers.forEach((layer, l) => {
+    residentExtents.push(resident.tensorExtent(planAttention(layer, `layers.${l}`, recipe)));
+  });
+  const head = new TensorPlanner('head');
+  head.add('output_norm', model.output_norm, 'f32');
+  head.add('output_norm_bias', model.output_norm_bias, 'f32');
+  head.add('head', model.head, recipe.head);
+  residentExtents.push(resident.tensorExtent(head));
+
+  const bundles = expertCount(h) * h.neuron_count;
+  const neuronExtents = model.layers.map((layer, l): NeuronExtent => {
+    const name = `layers.${l}.checksums`;
+    const bytes = bundles * CHECKSUM_BYTES;
+    const checksums: ChecksumExtent = {
+      kind: 'checksums',
+      ...resident.extent(name, bytes),
+      tensor: { name, extent: name, offset: 0, bytes, encoding: 'u32', rows: bundles, columns: 2 },
+    };
+    residentExtents.push(checksums);
+    return {
+      kind: 'neurons',
+      ...neurons.extent(`layers.${l}.neurons`, layer.experts.length * expertBytes(layout, h.neuron_count)),
+      experts: layer.experts,
+      neuronCount: h.neuron_count,
+      hiddenSize: h.hidden_size,
+      encoding: recipe.ffn,
+      layout,
+      checksums,
+    };
+  });
+  return {
+    resident: residentExtents,
+    neurons: neuronExtents,
+    layout,
+    residentBytes: resident.end,
+    neuronsBytes: neurons.end,
+    sourceBytes: sourceBytes(residentExtents, neuronExtents),
+  };
+}
+
+/** Extents in the order they are converted: layer by layer, as checkpoints store them, so that they are read nearly in order. */
+export function conversionOrder(plan: Plan): (TensorExtent | NeuronExtent)[] {
+  const [embedding, ...rest] = plan.resident.filter((extent) => extent.kind === 'tensors');
+  const head = rest.pop() as TensorExtent;
+  return [embedding, ...rest.flatMap((attention, l) => [attention, plan.neurons[l]]), head];
+}
+
+/** Bytes of one number of a source tensor. */
+export function numberBytes(tensor: SourceTensor): number {
+  return tensor.type === 'F32' ? 4 : 2;
+}
+
+function planAttention(layer: SourceLayer, name: string, recipe: Recipe): TensorPlanner {
+  const planner = new TensorPlanner(`${name}.attention`);
+  const add = (part: Exclude<keyof SourceLayer, 'experts'>, encoding: Encoding) =>
+    planner.add(`${name}.${part}`, layer[part], encoding);
+  add('attention_norm', 'f32');
+  for (const part of ['q', 'k', 'v', 'o'] as const) add(part, recipe.attention);
+  add('ffn_norm', 'f32');
+  for (const part of [
+    ...(['attention_norm_bias', 'q_bias', 'k_bias', 'v_bias', 'o_bias', 'q_norm', 'k_norm'] as const),
+    ...(['ffn_norm_bias', 'router', 'up_bias', 'down_bias'] as const),
+  ]) {
+    add(part, 'f32');
+  }
+  return planner;
+}
+
+/** Puts tensors one behind another into an extent. */
+class TensorPlanner {
+  readonly tensors: PlannedTensor[] = [];
+  bytes = 0;
+
+  constructor(readonly name: string) {}
+
+  add(name: string, source: SourceTensor | undefined, encoding: Encoding, skippedRows = 0): void {
+    if (!source) return;
+    const [rows, columns] = source.shape.length === 1 ? [1, source.shape[0]] : source.shape;
+    const offset = Math.ceil(this.bytes / TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT;
+    const bytes = (rows - skippedRows) * rowBytes(encoding, columns);
+    const tensor = { name, extent: this.name, offset, bytes, encoding, rows: rows - skippedRows, columns };
+    this.tensors.push({ ...tensor, source, firstSourceRow: skippedRows });
+    this.bytes = offset + bytes;
+  }
+}
+
+/** Puts extents one behind another into a file, each on a page of its own. */
+class FilePlanner {
+  /** Size of the file. */
+  end = 0;
+
+  constructor(readonly file: Extent['file']) {}
+
+  extent(name: string, bytes: number): Place {
+    const offset = this.end;
+    this.end = offset + roundUpToPage(bytes);
+    if (!Number.isSafeInteger(this.end)) {
+      throw new Pi2Error('E_UNSUPPORTED', `${name} would end at byte ${this.end}: the model is too large to address`);
+    }
+    return { name, file: this.file, offset, bytes };
+  }
+
+  tensorExtent(planner: TensorPlanner): TensorExtent {
+    return { kind: 'tensors', ...this.extent(planner.name, planner.bytes), tensors: planner.tensors };
+  }
+}
+
+function sourceBytes(resident: Plan['resident'], neurons: NeuronExtent[]): number {
+  let bytes = 0;
+  for (const extent of resident) {
+    if (extent.kind !== 'tensors') continue;
+    for (const { rows, columns, source } of extent.tensors) bytes += rows * columns * numberBytes(source);
+  }
+  for (const { experts, neuronCount, hiddenSize } of neurons) {
+    for (const { gate, up, down } of experts) {
+      for (const matrix of [gate, up, down]) if (matrix) bytes += neuronCount * hiddenSize * numberBytes(matrix);
+    }
+  }
+  return bytes;
+}

@@ -1,0 +1,282 @@
+import type { Placement } from '../../src/engine/contract.js';
+import { type Encoding, GROUP, rowBytes, scaleBytes, weightBytes } from '../../src/format/encoding.js';
+import { type BundleLayout, expertBytes } from '../../src/format/layout.js';
+import type { SourceTensor } from '../checkpoint/model.js';
+import { CHECKSUM_BYTES, type NeuronExtent, numberBytes, TENSOR_ALIGNMENT, type TensorExtent } from './extents.js';
+
+/** What a piece may hold in memory. */
+export interface Limits {
+  /** Encoded bytes of a piece. */
+  pieceBytes: number;
+  /** Source bytes read at once. */
+  chunkBytes: number;
+}
+
+/** A rectangle of a source matrix, read in one go, and where its vectors go once encoded. */
+export interface Load {
+  source: SourceTensor;
+  firstRow: number;
+  rows: number;
+  firstColumn: number;
+  columns: number;
+  encoding: Encoding;
+  /** Rows are vectors (gate, up, all tensors), or columns are (down). */
+  vectors: 'rows' | 'columns';
+  /** Range of the piece that the vectors lie in, and where in it. */
+  begin: number;
+  end: number;
+  placement: Placement;
+  firstVector: number;
+}
+
+/** Neurons of one expert in a piece, for their checksums. */
+export interface NeuronRange {
+  /** Where in the piece. */
+  begin: number;
+  end: number;
+  neurons: number;
+}
+
+/** A contiguous range of an extent that is encoded in memory, written and recorded in the journal as one step. */
+export interface Piece {
+  extent: TensorExtent | NeuronExtent;
+  /** Bytes of the extent. The next piece begins where this one ends. */
+  begin: number;
+  end: number;
+  loads: Load[];
+  ranges: NeuronRange[];
+}
+
+/**
+ * Larger pieces gain nothing, smaller ones wait more often for the disk to confirm. Only an expert whose columns are read
+ * whole may be larger.
+ */
+const GOAL_BYTES = 64 * 1024 * 1024;
+
+/**
+ * Cuts what is left of an extent, from byte `done` on, into pieces within the limits. Throws a RangeError if `done` is not
+ * where a piece can begin, or if a row or unit alone exceeds the limits (see `leastLimits`).
+ */
+export function cutPieces(extent: TensorExtent | NeuronExtent, done: number, limits: Limits): Piece[] {
+  return extent.kind === 'tensors' ? cutTensors(extent, done, limits) : cutNeurons(extent, done, limits);
+}
+
+/** The least limits that an extent can be converted within: one row, one unit, one band of one column. */
+export function leastLimits(extent: TensorExtent | NeuronExtent): Limits {
+  if (extent.kind === 'neurons') {
+    const most = Math.max(
+      ...extent.experts.flatMap((e) => [e.gate, e.up, e.down]).map((m) => (m ? numberBytes(m) : 0)),
+    );
+    return { pieceBytes: extent.layout.unit_bytes, chunkBytes: most * Math.max(extent.hiddenSize, GROUP) };
+  }
+  return {
+    pieceBytes:
+      TENSOR_ALIGNMENT + Math.max(...extent.tensors.map((tensor) => rowBytes(tensor.encoding, tensor.columns))),
+    chunkBytes: Math.max(...extent.tensors.map((tensor) => tensor.columns * numberBytes(tensor.source))),
+  };
+}
+
+/** Bytes of the source that a load reads. */
+export function loadBytes(load: Load): number {
+  return load.rows * load.columns * numberBytes(load.source);
+}
+
+/** Bytes of the checksums of a piece's neurons, and where they go in the layer's checksum extent. */
+export function checksumRange(piece: Piece): { begin: number; end: number } {
+  const extent = piece.extent as NeuronExtent;
+  const whole = expertBytes(extent.layout, extent.neuronCount);
+  const expert = Math.floor(piece.begin / whole);
+  const unit = (piece.begin % whole) / extent.layout.unit_bytes;
+  const first = expert * extent.neuronCount + unit * extent.layout.neurons_per_unit;
+  const neurons = piece.ranges.reduce((sum, range) => sum + range.neurons, 0);
+  return { begin: first * CHECKSUM_BYTES, end: (first + neurons) * CHECKSUM_BYTES };
+}
+
+function cutTensors(extent: TensorExtent, done: number, limits: Limits): Piece[] {
+  const most = Math.min(limits.pieceBytes, GOAL_BYTES);
+  const cutter = new Cutter(extent, done);
+  for (const tensor of extent.tensors) {
+    const bytesPerRow = rowBytes(tensor.encoding, tensor.columns);
+    const sourceRowBytes = tensor.columns * numberBytes(tensor.source);
+    let row = rowAfter(done - tensor.offset, bytesPerRow, tensor.rows);
+    while (row < tensor.rows) {
+      const begin = tensor.offset + row * bytesPerRow;
+      if (begin + bytesPerRow - cutter.begin > most) cutter.cut();
+      const room = Math.max(1, Math.floor((most - (begin - cutter.begin)) / bytesPerRow));
+      const rows = Math.min(tensor.rows - row, room);
+      cutter.end = begin + rows * bytesPerRow;
+      for (const [first, count] of runs(row, rows, Math.floor(limits.chunkBytes / sourceRowBytes))) {
+        cutter.load({
+          source: tensor.source,
+          firstRow: tensor.firstSourceRow + first,
+          rows: count,
+          firstColumn: 0,
+          columns: tensor.columns,
+          encoding: tensor.encoding,
+          vectors: 'rows',
+          begin: begin - cutter.begin,
+          end: cutter.end - cutter.begin,
+          placement: rowPlacement(tensor.encoding, tensor.columns),
+          firstVector: first - row,
+        });
+      }
+      row += rows;
+    }
+  }
+  return cutter.finish();
+}
+
+function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[] {
+  const { layout, neuronCount } = extent;
+  const perUnit = layout.neurons_per_unit;
+  const bytesPerExpert = expertBytes(layout, neuronCount);
+  const mostUnits = Math.floor(limits.pieceBytes / layout.unit_bytes);
+  if (done % layout.unit_bytes !== 0 || mostUnits < 1) throw new RangeError(`${extent.name}: cannot begin at ${done}`);
+  const cutter = new Cutter(extent, done);
+  for (const [e, expert] of extent.experts.entries()) {
+    const units = bytesPerExpert / layout.unit_bytes;
+    let unit = rowAfter(done - e * bytesPerExpert, layout.unit_bytes, units);
+    while (unit < units) {
+      const begin = e * bytesPerExpert + unit * layout.unit_bytes;
+      const count = Math.min(units - unit, mostUnits);
+      const bytes = count * layout.unit_bytes;
+      if (begin + bytes - cutter.begin > Math.min(limits.pieceBytes, GOAL_BYTES)) cutter.cut();
+      cutter.end = begin + bytes;
+      const first = unit * perUnit;
+      const neurons = Math.min(neuronCount - first, count * perUnit);
+      const range = { begin: begin - cutter.begin, end: cutter.end - cutter.begin, neurons };
+      cutter.range(range);
+      const matrices = [expert.gate, expert.up, expert.down].filter((matrix) => matrix !== undefined);
+      for (const [m, source] of matrices.entries()) {
+        const common = { source, encoding: extent.encoding, begin: range.begin, end: range.end };
+        const placement = bundlePlacement(layout, extent.encoding, extent.hiddenSize, m);
+        if (source === expert.down) {
+          for (const band of bands(extent.hiddenSize, neurons, limits.chunkBytes, numberBytes(source))) {
+            cutter.load({
+              ...common,
+              ...band,
+              firstColumn: first + band.firstColumn,
+              vectors: 'columns',
+              placement,
+              firstVector: band.firstColumn,
+            });
+          }
+        } else {
+          const rows = Math.floor(limits.chunkBytes / (extent.hiddenSize * numberBytes(source)));
+          for (const [row, count] of runs(0, neurons, rows)) {
+            cutter.load({
+              ...common,
+              firstRow: first + row,
+              rows: count,
+              firstColumn: 0,
+              columns: extent.hiddenSize,
+              vectors: 'rows',
+              placement,
+              firstVector: row,
+            });
+          }
+        }
+      }
+      unit += count;
+    }
+  }
+  return cutter.finish();
+}
+
+/** Where matrix number `matrix` (gate, up, down; without a gate: up, down) of a bundle goes; FORMAT.md section 4. */
+export function bundlePlacement(
+  layout: BundleLayout,
+  encoding: Encoding,
+  hiddenSize: number,
+  matrix: number,
+): Placement {
+  const weights = weightBytes(encoding, hiddenSize);
+  return {
+    perUnit: layout.neurons_per_unit,
+    unitBytes: layout.unit_bytes,
+    weightsOffset: matrix === 0 ? 0 : layout.part2_offset + (matrix - 1) * weights,
+    weightsStride: matrix === 0 ? layout.part1_stride : layout.part2_stride,
+    scalesOffset: weights + matrix * scaleBytes(encoding, hiddenSize),
+    scalesStride: layout.part1_stride,
+  };
+}
+
+/** Rows one behind another, each its weights and then its scales. */
+export function rowPlacement(encoding: Encoding, columns: number): Placement {
+  const bytes = rowBytes(encoding, columns);
+  return {
+    perUnit: 1,
+    unitBytes: bytes,
+    weightsOffset: 0,
+    weightsStride: bytes,
+    scalesOffset: weightBytes(encoding, columns),
+    scalesStride: bytes,
+  };
+}
+
+/** Rectangles of Down [hidden x neurons]: whole groups of rows, all columns where the chunk allows it. */
+function bands(hiddenSize: number, neurons: number, chunkBytes: number, bytesPerNumber: number) {
+  const bandBytes = GROUP * bytesPerNumber;
+  const columns = Math.min(neurons, Math.floor(chunkBytes / bandBytes));
+  const groups = Math.floor(chunkBytes / (bandBytes * columns));
+  const rectangles: Pick<Load, 'firstRow' | 'rows' | 'firstColumn' | 'columns'>[] = [];
+  for (const [firstRow, rows] of runs(0, hiddenSize, groups * GROUP)) {
+    for (const [firstColumn, count] of runs(0, neurons, columns)) {
+      rectangles.push({ firstRow, rows, firstColumn, columns: count });
+    }
+  }
+  return rectangles;
+}
+
+/** `count` things from `first` on in runs of at most `most`: [first, count] of each. */
+function* runs(first: number, count: number, most: number): Generator<[number, number]> {
+  if (most < 1) throw new RangeError('a row does not fit the chunk');
+  for (let i = 0; i < count; i += most) yield [first + i, Math.min(most, count - i)];
+}
+
+/** The first row that byte `offset` of a tensor does not follow. Throws a RangeError inside a row. */
+function rowAfter(offset: number, bytesPerRow: number, rows: number): number {
+  if (offset <= 0) return 0;
+  if (offset >= rows * bytesPerRow) return rows;
+  if (offset % bytesPerRow !== 0) throw new RangeError(`byte ${offset} is inside a row of ${bytesPerRow}`);
+  return offset / bytesPerRow;
+}
+
+/** Collects loads until a piece is full. */
+class Cutter {
+  readonly #extent: Piece['extent'];
+  readonly #pieces: Piece[] = [];
+  #loads: Load[] = [];
+  #ranges: NeuronRange[] = [];
+  begin: number;
+  end: number;
+
+  constructor(extent: Piece['extent'], begin: number) {
+    this.#extent = extent;
+    this.begin = begin;
+    this.end = begin;
+  }
+
+  load(load: Load): void {
+    this.#loads.push(load);
+  }
+
+  range(range: NeuronRange): void {
+    this.#ranges.push(range);
+  }
+
+  /** Ends the piece; the following one begins where it ended, zeros before its first tensor included. */
+  cut(): void {
+    if (this.#loads.length === 0) return;
+    const { begin, end } = this;
+    this.#pieces.push({ extent: this.#extent, begin, end, loads: this.#loads, ranges: this.#ranges });
+    this.#loads = [];
+    this.#ranges = [];
+    this.begin = end;
+  }
+
+  finish(): Piece[] {
+    this.cut();
+    return this.#pieces;
+  }
+}

@@ -1,0 +1,161 @@
+import { Pi2Error } from '../../src/base/error.js';
+import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine/contract.js';
+import { roundUpToPage } from '../../src/format/layout.js';
+import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
+import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { Journal, PieceRecord, Progress } from '../write/journal.js';
+import type { OutputFile } from '../write/output.js';
+import type { NeuronExtent } from './extents.js';
+import { checksumRange, type Load, loadBytes, type Piece } from './pieces.js';
+import { ReadAhead } from './read-ahead.js';
+
+/** What the steps of a conversion work with. */
+export interface Workshop {
+  addon: NativeAddon;
+  checkpoint: Checkpoint;
+  files: Record<typeof RESIDENT_FILE | typeof NEURONS_FILE, OutputFile>;
+  journal: Journal;
+  /** Records so far; gets those to come. */
+  progress: Progress;
+  threads: number;
+  signal: AbortSignal;
+  /** Hears of every load that was encoded: its piece and the bytes of the source. */
+  onLoad: (piece: Piece, bytes: number) => void;
+}
+
+/**
+ * Encodes and writes pieces in order. While one load is encoded the next is read, and while a piece is filled the one before
+ * is written and synced: two chunks and two pieces are in memory. Stops between loads when the signal says so; what the
+ * journal has recorded stays good.
+ */
+export async function runPieces(pieces: readonly Piece[], shop: Workshop): Promise<void> {
+  const pieceBytes = Math.max(0, ...pieces.map((piece) => paddedEnd(piece) - piece.begin));
+  const targets = Array.from({ length: Math.min(2, pieces.length) }, () => Buffer.allocUnsafeSlow(pieceBytes));
+  const reader = new ReadAhead(
+    shop.checkpoint,
+    pieces.flatMap((piece) => piece.loads),
+  );
+  let finishing: Promise<void> = Promise.resolve();
+  try {
+    for (const [p, piece] of pieces.entries()) {
+      const target = targets[p % 2].subarray(0, paddedEnd(piece) - piece.begin);
+      target.fill(0);
+      for (const load of piece.loads) {
+        shop.signal.throwIfAborted();
+        await encode(load, await reader.next(), target, shop);
+        shop.onLoad(piece, loadBytes(load));
+      }
+      await finishing;
+      finishing = finish(piece, target, shop);
+      // Its failure is met by the next await; until then it is not unhandled.
+      finishing.catch(() => undefined);
+    }
+  } finally {
+    await reader.settle();
+    await finishing;
+  }
+}
+
+/** Encodes one load into its piece. Throws `E_NOT_FINITE` at a number that cannot be stored. */
+async function encode(load: Load, source: Uint8Array, target: Uint8Array, shop: Workshop): Promise<void> {
+  const request: EncodeRowsRequest = {
+    source,
+    sourceType: load.source.type,
+    rows: load.rows,
+    columns: load.columns,
+    encoding: load.encoding,
+    target: target.subarray(load.begin, load.end),
+    placement: load.placement,
+    firstVector: load.firstVector,
+    threads: shop.threads,
+  };
+  const bad =
+    load.vectors === 'rows'
+      ? await shop.addon.encodeRows(request)
+      : await shop.addon.encodeColumns({ ...request, firstElement: load.firstRow });
+  if (bad) throw badNumberError(load, bad);
+}
+
+/** Checksums a piece, writes it, and records it in the journal once it is on disk. */
+async function finish(piece: Piece, target: Uint8Array, shop: Workshop): Promise<void> {
+  const { extent } = piece;
+  const before = shop.progress.pieces.get(extent.name);
+  const crc = await shop.addon.crc32(target.subarray(0, piece.end - piece.begin), seedOf(before?.crc32));
+  const record: PieceRecord = { extent: extent.name, done: piece.end, crc32: crc32Text(crc) };
+  const file = shop.files[extent.file];
+  await file.write(target, extent.offset + piece.begin);
+  if (extent.kind === 'neurons') {
+    const { begin, end } = checksumRange(piece);
+    const { checksums } = extent;
+    const bytes = Buffer.alloc((end === checksums.bytes ? roundUpToPage(end) : end) - begin);
+    await fillChecksums(piece, extent, target, bytes, shop);
+    await shop.files[RESIDENT_FILE].write(bytes, checksums.offset + begin);
+    const sums = await shop.addon.crc32(bytes.subarray(0, end - begin), seedOf(before?.checksums_crc32));
+    record.checksums_crc32 = crc32Text(sums);
+    await shop.files[RESIDENT_FILE].sync();
+  }
+  await file.sync();
+  await shop.journal.record(record);
+  shop.progress.pieces.set(extent.name, record);
+}
+
+async function fillChecksums(
+  piece: Piece,
+  extent: NeuronExtent,
+  target: Uint8Array,
+  bytes: Buffer,
+  shop: Workshop,
+): Promise<void> {
+  const { layout } = extent;
+  let offset = 0;
+  for (const range of piece.ranges) {
+    const sums = await shop.addon.bundleChecksums({
+      units: target.subarray(range.begin, range.end),
+      neurons: range.neurons,
+      layout: {
+        matrices: layout.matrices,
+        part1Bytes: layout.part1_bytes,
+        part2Bytes: layout.part2_bytes,
+        neuronsPerUnit: layout.neurons_per_unit,
+        unitBytes: layout.unit_bytes,
+        part1Stride: layout.part1_stride,
+        part2Offset: layout.part2_offset,
+        part2Stride: layout.part2_stride,
+      },
+      threads: shop.threads,
+    });
+    for (const sum of sums) offset = bytes.writeUInt32LE(sum, offset);
+  }
+}
+
+/** The end of a piece in its extent, with the zeros that fill the extent's last page. */
+function paddedEnd(piece: Piece): number {
+  return piece.end === piece.extent.bytes ? roundUpToPage(piece.end) : piece.end;
+}
+
+/** A CRC-32 as manifest and journal write it. */
+function crc32Text(crc: number): string {
+  return (crc >>> 0).toString(16).padStart(8, '0');
+}
+
+function seedOf(text: string | undefined): number {
+  return text ? Number.parseInt(text, 16) : 0;
+}
+
+function badNumberError(load: Load, bad: BadNumber): Pi2Error {
+  const row = load.firstRow + bad.row;
+  const column = load.firstColumn + bad.column;
+  const place = load.source.shape.length === 1 ? `element ${column}` : `row ${row}, column ${column}`;
+  if (!Number.isFinite(bad.value)) {
+    return new Pi2Error(
+      'E_NOT_FINITE',
+      `${load.source.name}: ${place} is ${bad.value}, not a number that a model can compute with`,
+      'the checkpoint is damaged: download or export it again',
+    );
+  }
+  return new Pi2Error(
+    'E_NOT_FINITE',
+    `${load.source.name}: ${place} is ${bad.value}, too large for ${load.encoding}`,
+    load.encoding === 'f16' ? 'convert with --quant q8' : 'the checkpoint is damaged: download or export it again',
+  );
+}

@@ -1,0 +1,68 @@
+#pragma once
+/**
+ * Encoding of weights for flash (docs/FORMAT.md section 1), offline. The result depends on the numbers alone, never on the
+ * machine: no fused multiply-add, no instruction-set variants.
+ */
+#include <cstddef>
+#include <cstdint>
+
+#include "native/kernels/encoding.h"
+
+namespace pi2 {
+
+/** Number types of checkpoints. */
+enum class SourceType { kF32, kF16, kBf16 };
+
+constexpr size_t source_type_bytes(SourceType type) { return type == SourceType::kF32 ? 4 : 2; }
+
+/** Where vector v goes; the same struct and formula as `Placement` in src/engine/contract.ts. Bytes. */
+struct Placement {
+  size_t per_unit;
+  size_t unit_bytes;
+  size_t weights_offset;
+  size_t weights_stride;
+  size_t scales_offset;
+  size_t scales_stride;
+
+  size_t weights_at(size_t v) const { return v / per_unit * unit_bytes + v % per_unit * weights_stride + weights_offset; }
+  size_t scales_at(size_t v) const { return v / per_unit * unit_bytes + v % per_unit * scales_stride + scales_offset; }
+};
+
+/** A matrix of numbers and the vectors it becomes. */
+struct EncodeRequest {
+  const uint8_t* source;
+  SourceType source_type;
+  size_t rows;
+  size_t columns;
+  Encoding encoding;
+  uint8_t* target;
+  Placement placement;
+  size_t first_vector;
+  /** Null, or the vector number of each source row (column). */
+  const uint32_t* order;
+  size_t threads;
+
+  size_t vector_of(size_t i) const { return order != nullptr ? order[i] : first_vector + i; }
+};
+
+/** The first number (by row, then column) that cannot be stored. */
+struct BadNumber {
+  bool found = false;
+  size_t row = 0;
+  size_t column = 0;
+  float value = 0;
+};
+
+/** Encodes each row as one vector. Targets of distinct vectors must not overlap; the caller has checked all bounds. */
+BadNumber encode_rows(const EncodeRequest& request);
+
+/**
+ * Encodes each column's part as elements first_element .. first_element + rows of its vector; first_element is a multiple of
+ * a group. A last partial group is padded with zero.
+ */
+BadNumber encode_columns(const EncodeRequest& request, size_t first_element);
+
+/** Decodes one vector of `columns` weights to float. */
+void decode_vector(const uint8_t* weights, const uint8_t* scales, Encoding encoding, size_t columns, float* out);
+
+}  // namespace pi2
