@@ -10,7 +10,7 @@ const run = promisify(execFile);
 const root = path.resolve(import.meta.dirname, '..');
 const kernels = path.join(root, 'native', 'kernels');
 
-const commonFlags = ['-std=c++20', '-O3', '-fno-exceptions', '-fno-rtti', '-Wall', '-Wextra', '-Werror', `-I${root}`];
+const commonFlags = ['-std=c++20', '-O3', '-fno-exceptions', '-fno-rtti', `-I${root}`];
 const avx2Flags = ['-mavx2', '-mfma', '-mf16c'];
 const avx512Flags = [...avx2Flags, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni'];
 

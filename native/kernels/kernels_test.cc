@@ -169,6 +169,14 @@ struct Matrix {
   Rows rows_from(size_t v) const { return {weights.data() + v * stride, scales.data() + v * stride, stride}; }
   Column column(size_t v, float factor) const { return {weights.data() + v * stride, scales.data() + v * stride, factor}; }
 
+  /** What makes a stored weight of vector v unsigned: 8 or 128 scales, or nothing for floats. */
+  double offset(size_t v, size_t index) const {
+    if (encoding == Encoding::kF16) return 0;
+    uint16_t scale;
+    std::memcpy(&scale, scales.data() + v * stride + 2 * (index / kBlock), 2);
+    return (encoding == Encoding::kQ4 ? 8 : 128) * std::fabs(half_value(scale));
+  }
+
   /** Makes every product with vector v a NaN. */
   void poison(size_t v) {
     const uint16_t nan = 0x7e00;
@@ -401,6 +409,16 @@ void run_dot(const Kernels& kernels, Encoding encoding, Rows rows, size_t row_co
   }
 }
 
+void run_list(const Kernels& kernels, Encoding encoding, const uint8_t* const* rows, size_t scales_offset, size_t row_count,
+              const Activations& x, size_t token, float* y) {
+  const QuantizedGroup* quantized = x.quantized.data() + token * x.groups;
+  if (encoding == Encoding::kQ4) kernels.dot_list_q4(rows, scales_offset, row_count, x.groups, quantized, y);
+  if (encoding == Encoding::kQ8) kernels.dot_list_q8(rows, scales_offset, row_count, x.groups, quantized, y);
+  if (encoding == Encoding::kF16) {
+    kernels.dot_list_f16(rows, row_count, x.groups, x.floats.data() + token * x.groups * kGroup, y);
+  }
+}
+
 void run_matmul(const Kernels& kernels, Encoding encoding, Rows rows, size_t row_count, const Activations& x, size_t tokens,
                 float* y, size_t y_stride) {
   if (encoding == Encoding::kQ4) kernels.matmul_q4(rows, row_count, x.groups, x.quantized.data(), tokens, y, y_stride);
@@ -420,9 +438,10 @@ void test_dot(const Kernels& kernels, Encoding encoding, size_t row_count, size_
     for (size_t r = 0; r < row_count; r++) {
       double expected = 0, terms = 0;
       for (size_t i = 0; i < groups * kGroup; i++) {
-        const double term = matrix.values[r][i] * x.value(encoding, t, i);
-        expected += term;
-        terms += std::fabs(term);
+        const double value = x.value(encoding, t, i);
+        expected += matrix.values[r][i] * value;
+        // A set may take weights as unsigned and undo that by the sum of the activations, so the offset is a term, too.
+        terms += (std::fabs(matrix.values[r][i]) + matrix.offset(r, i)) * std::fabs(value);
       }
       check_close(static_cast<double>(y[t * y_stride + r]), expected, terms, groups * kGroup, "matmul row", r);
     }
@@ -434,13 +453,25 @@ void test_dot(const Kernels& kernels, Encoding encoding, size_t row_count, size_
       run_dot(kernels, encoding, matrix.rows_from(r), 1, x, t, &alone);
       check_same(&alone, &one[r], sizeof alone, "dot of row alone", r);
     }
+    // Some rows, backwards.
+    std::vector<const uint8_t*> list;
+    std::vector<float> expected, listed(row_count);
+    for (size_t r = row_count; r-- > 0;) {
+      if (random_below(4) == 0) continue;
+      list.push_back(matrix.rows_from(r).weights);
+      expected.push_back(one[r]);
+    }
+    const size_t scales_offset =
+        reinterpret_cast<uintptr_t>(matrix.scales.data()) - reinterpret_cast<uintptr_t>(matrix.weights.data());
+    run_list(kernels, encoding, list.data(), scales_offset, list.size(), x, t, listed.data());
+    check_same(listed.data(), expected.data(), expected.size() * sizeof(float), "dot of a list of rows, token", t);
   }
 }
 
 void test_dots(const Kernels& kernels) {
   for (const Encoding encoding : kEncodings) {
     char name[32];
-    std::snprintf(name, sizeof name, "dot_%s and matmul_%s", name_of(encoding), name_of(encoding));
+    std::snprintf(name, sizeof name, "dot_%s, dot_list and matmul", name_of(encoding));
     current_test = name;
     for (size_t groups = 1; groups <= 33; groups += 1 + groups / 3)
       test_dot(kernels, encoding, 1 + random_below(9), groups, 2);

@@ -79,12 +79,20 @@ void quantize(const float* x, size_t n, QuantizedGroup* out) {
 
 // -- How matrix products are cut --------------------------------------------------------------------------------------
 
+/** Rows at any address: row r has weights at weights[r] and scales `scales_offset` bytes further. */
+struct RowList {
+  const uint8_t* const* weights;
+  size_t scales_offset;
+  /** Rows that follow those of a tile in this call. */
+  size_t following;
+};
+
 /**
- * R rows times T tokens. Token t begins at x + t * x_stride. `more` says that R more rows follow these. The operations of
- * one row and token are the same in every tile of an encoding, so that every cut gives the same bits.
+ * R rows times T tokens. Token t begins at x + t * x_stride. The operations of one row and token are the same in every tile
+ * of an encoding, so that every cut gives the same bits.
  */
 template <typename X>
-using Tile = void (*)(Rows rows, size_t groups, const X* x, size_t x_stride, float* y, size_t y_stride, bool more);
+using Tile = void (*)(RowList rows, size_t groups, const X* x, size_t x_stride, float* y, size_t y_stride);
 
 /** The tiles of one encoding: for one token, and for `width` tokens. */
 template <typename X>
@@ -94,37 +102,54 @@ struct Tiles {
   Tile<X> rows2_wide, rows1_wide;
 };
 
+/** All rows of a list for one token. */
+template <typename X>
+void dot_list(const Tiles<X>& tiles, const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups,
+              const X* x, float* y) {
+  for (size_t r = 0; r < row_count;) {
+    const size_t left = row_count - r;
+    const size_t step = left >= 4 ? 4 : 1;
+    (step == 4 ? tiles.rows4 : tiles.rows1)({rows + r, scales_offset, left - step}, groups, x, 0, y + r, 0);
+    r += step;
+  }
+}
+
 /** A few rows stay in the second-level cache while the tokens pass; a few tokens in the first while these rows pass. */
 template <typename X>
 void matmul(const Tiles<X>& tiles, Rows rows, size_t row_count, size_t groups, const X* x, size_t x_stride, size_t tokens,
             float* y, size_t y_stride) {
-  constexpr size_t rows_together = 16;
+  constexpr size_t rows_together = 16, rows_ahead = 4;
+  const size_t scales_offset = reinterpret_cast<uintptr_t>(rows.scales) - reinterpret_cast<uintptr_t>(rows.weights);
   for (size_t begin = 0; begin < row_count; begin += rows_together) {
-    const size_t end = row_count - begin < rows_together ? row_count : begin + rows_together;
+    const size_t left = row_count - begin;
+    const size_t count = left < rows_together ? left : rows_together;
+    const size_t listed = left < rows_together + rows_ahead ? left : rows_together + rows_ahead;
+    const uint8_t* list[rows_together + rows_ahead];
+    for (size_t r = 0; r < listed; r++) list[r] = rows.weights + (begin + r) * rows.stride;
     for (size_t t = 0; t < tokens;) {
       const bool wide = tokens - t >= tiles.width;
-      const size_t step = wide ? 2 : 4;
-      for (size_t r = begin; r < end;) {
-        const bool whole = end - r >= step;
-        const bool more = tokens == 1 && row_count - r >= 2 * step;
-        const Rows here{rows.weights + r * rows.stride, rows.scales + r * rows.stride, rows.stride};
-        const Tile<X> tile = wide ? (whole ? tiles.rows2_wide : tiles.rows1_wide) : (whole ? tiles.rows4 : tiles.rows1);
-        tile(here, groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride, more);
-        r += whole ? step : 1;
+      for (size_t r = 0; r < count;) {
+        const size_t step = wide ? (count - r >= 2 ? 2 : 1) : (count - r >= 4 ? 4 : 1);
+        const Tile<X> tile =
+            wide ? (step == 2 ? tiles.rows2_wide : tiles.rows1_wide) : (step == 4 ? tiles.rows4 : tiles.rows1);
+        const size_t following = tokens == 1 ? listed - r - step : 0;
+        tile({list + r, scales_offset, following}, groups, x + t * x_stride, x_stride, y + t * y_stride + begin + r,
+             y_stride);
+        r += step;
       }
       t += wide ? tiles.width : 1;
     }
   }
 }
 
-/** Fetches group g of the R rows behind these: rows are too short for the hardware to see where they lead. */
+/** Fetches group g of the next R rows: rows are too short for the hardware to see where they lead. */
 template <size_t R>
-INLINE void prefetch_rows(Rows rows, size_t g, size_t group_bytes) {
-  for (size_t r = R; r < 2 * R; r++) {
-    const uint8_t* weights = rows.weights + r * rows.stride + g * group_bytes;
+INLINE void prefetch_rows(RowList rows, size_t g, size_t group_bytes) {
+  for (size_t r = R; r < 2 * R && r < R + rows.following; r++) {
+    const uint8_t* weights = rows.weights[r] + g * group_bytes;
     for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(weights + line);
     if (group_bytes != kF16GroupBytes && g % 4 == 0) {
-      __builtin_prefetch(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+      __builtin_prefetch(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes);
     }
   }
 }
@@ -143,11 +168,11 @@ INLINE float32x4_t half_of_scales(const uint8_t* scales, size_t h) {
 
 /** Nibbles are multiplied as they are, 0..15; the sums begin at the offset that undoes it. */
 template <size_t R, size_t T>
-void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_q4(RowList rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride) {
   const uint8x16_t low_nibbles = vdupq_n_u8(15);
   float32x4_t result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
-    if (more) prefetch_rows<R>(rows, g, kQ4GroupBytes);
+    prefetch_rows<R>(rows, g, kQ4GroupBytes);
 #pragma GCC unroll 2
     for (size_t h = 0; h < 2; h++) {
       int32x4_t sums[R][T];
@@ -161,7 +186,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
         const size_t at = 128 * (i / 2) + 32 * (i % 2) + 16 * h;
         int8x16_t low[R], high[R];
         for (size_t r = 0; r < R; r++) {
-          const uint8x16_t w = load_bytes(rows.weights + r * rows.stride + g * kQ4GroupBytes + 32 * i + 16 * h);
+          const uint8x16_t w = load_bytes(rows.weights[r] + g * kQ4GroupBytes + 32 * i + 16 * h);
           low[r] = vreinterpretq_s8_u8(vandq_u8(w, low_nibbles));
           high[r] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
         }
@@ -172,7 +197,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
         }
       }
       for (size_t r = 0; r < R; r++) {
-        const float32x4_t scales = half_of_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes, h);
+        const float32x4_t scales = half_of_scales(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes, h);
         for (size_t t = 0; t < T; t++) {
           result[r][t] = add_scaled(result[r][t], sums[r][t], scales, x[t * x_stride + g].scales + 4 * h);
         }
@@ -185,10 +210,10 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
 }
 
 template <size_t R, size_t T>
-void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_q8(RowList rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride) {
   float32x4_t result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
-    if (more) prefetch_rows<R>(rows, g, kQ8GroupBytes);
+    prefetch_rows<R>(rows, g, kQ8GroupBytes);
 #pragma GCC unroll 2
     for (size_t h = 0; h < 2; h++) {
       int32x4_t sums[R][T] = {};
@@ -196,7 +221,7 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
       for (size_t i = 0; i < 8; i++) {
         int8x16_t w[R];
         for (size_t r = 0; r < R; r++) {
-          w[r] = vreinterpretq_s8_u8(load_bytes(rows.weights + r * rows.stride + g * kQ8GroupBytes + 32 * i + 16 * h));
+          w[r] = vreinterpretq_s8_u8(load_bytes(rows.weights[r] + g * kQ8GroupBytes + 32 * i + 16 * h));
         }
         for (size_t t = 0; t < T; t++) {
           const int8x16_t values = vld1q_s8(x[t * x_stride + g].values + 32 * i + 16 * h);
@@ -204,7 +229,7 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
         }
       }
       for (size_t r = 0; r < R; r++) {
-        const float32x4_t scales = half_of_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes, h);
+        const float32x4_t scales = half_of_scales(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes, h);
         for (size_t t = 0; t < T; t++) {
           result[r][t] = add_scaled(result[r][t], sums[r][t], scales, x[t * x_stride + g].scales + 4 * h);
         }
@@ -216,16 +241,17 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
   }
 }
 
+constexpr Tiles<QuantizedGroup> kTilesQ4{tile_q4<4, 1>, tile_q4<1, 1>, 4, tile_q4<2, 4>, tile_q4<1, 4>};
+constexpr Tiles<QuantizedGroup> kTilesQ8{tile_q8<4, 1>, tile_q8<1, 1>, 4, tile_q8<2, 4>, tile_q8<1, 4>};
+
 void matmul_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  constexpr Tiles<QuantizedGroup> tiles{tile_q4<4, 1>, tile_q4<1, 1>, 4, tile_q4<2, 4>, tile_q4<1, 4>};
-  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
+  matmul(kTilesQ4, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void matmul_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  constexpr Tiles<QuantizedGroup> tiles{tile_q8<4, 1>, tile_q8<1, 1>, 4, tile_q8<2, 4>, tile_q8<1, 4>};
-  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
+  matmul(kTilesQ8, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void dot_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
@@ -236,16 +262,26 @@ void dot_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x,
   matmul_q8(rows, row_count, groups, x, 1, y, 0);
 }
 
+void dot_list_q4(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  dot_list(kTilesQ4, rows, scales_offset, row_count, groups, x, y);
+}
+
+void dot_list_q8(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  dot_list(kTilesQ8, rows, scales_offset, row_count, groups, x, y);
+}
+
 // -- Dot products of float activations --------------------------------------------------------------------------------
 
 /** Two partial sums for each (row, token), so that one row alone does not wait for each addition. */
 template <size_t R, size_t T>
-void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_f16(RowList rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride) {
   float32x4_t result[R][T][2] = {};
   for (size_t i = 0; i < groups * kGroup; i += 8) {
-    if (more && i % kGroup == 0) prefetch_rows<R>(rows, i / kGroup, kF16GroupBytes);
+    if (i % kGroup == 0) prefetch_rows<R>(rows, i / kGroup, kF16GroupBytes);
     for (size_t r = 0; r < R; r++) {
-      const float16x8_t w = load_halves(rows.weights + r * rows.stride + 2 * i);
+      const float16x8_t w = load_halves(rows.weights[r] + 2 * i);
       const float32x4_t low = vcvt_f32_f16(vget_low_f16(w)), high = vcvt_high_f32_f16(w);
       for (size_t t = 0; t < T; t++) {
         result[r][t][0] = vfmaq_f32(result[r][t][0], low, vld1q_f32(x + t * x_stride + i));
@@ -258,14 +294,19 @@ void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* 
   }
 }
 
+constexpr Tiles<float> kTilesF16{tile_f16<4, 1>, tile_f16<1, 1>, 4, tile_f16<2, 4>, tile_f16<1, 4>};
+
 void matmul_f16(Rows rows, size_t row_count, size_t groups, const float* x, size_t x_stride, size_t tokens, float* y,
                 size_t y_stride) {
-  constexpr Tiles<float> tiles{tile_f16<4, 1>, tile_f16<1, 1>, 4, tile_f16<2, 4>, tile_f16<1, 4>};
-  matmul(tiles, rows, row_count, groups, x, x_stride, tokens, y, y_stride);
+  matmul(kTilesF16, rows, row_count, groups, x, x_stride, tokens, y, y_stride);
 }
 
 void dot_f16(Rows rows, size_t row_count, size_t groups, const float* x, float* y) {
   matmul_f16(rows, row_count, groups, x, 0, 1, y, 0);
+}
+
+void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
+  dot_list(kTilesF16, rows, 0, row_count, groups, x, y);
 }
 
 /** Row by row: these matrices (routers) are small. */
@@ -591,6 +632,9 @@ constexpr Kernels kTable{
     .dot_q4 = dot_q4,
     .dot_q8 = dot_q8,
     .dot_f16 = dot_f16,
+    .dot_list_q4 = dot_list_q4,
+    .dot_list_q8 = dot_list_q8,
+    .dot_list_f16 = dot_list_f16,
     .dot_f32 = dot_f32,
     .matmul_q4 = matmul_q4,
     .matmul_q8 = matmul_q8,
