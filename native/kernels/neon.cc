@@ -347,8 +347,8 @@ INLINE void unpack_nibbles(uint8x16_t nibbles, float32x4_t (&out)[4]) {
   const uint8_t halves[16] = {0xc8, 0xc7, 0xc6, 0xc5, 0xc4, 0xc2, 0xc0, 0xbc,
                               0x00, 0x3c, 0x40, 0x42, 0x44, 0x45, 0x46, 0x47};
   const uint8x16_t upper = vqtbl1q_u8(vld1q_u8(halves), nibbles);
-  const float16x8_t first = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(upper), 8));
-  const float16x8_t second = vreinterpretq_f16_u16(vshll_high_n_u8(upper, 8));
+  const float16x8_t first = vreinterpretq_f16_u8(vzip1q_u8(vdupq_n_u8(0), upper));
+  const float16x8_t second = vreinterpretq_f16_u8(vzip2q_u8(vdupq_n_u8(0), upper));
   out[0] = vcvt_f32_f16(vget_low_f16(first));
   out[1] = vcvt_high_f32_f16(first);
   out[2] = vcvt_f32_f16(vget_low_f16(second));
