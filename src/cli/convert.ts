@@ -69,6 +69,8 @@ async function runConvert(checkpoint: string, options: Options): Promise<void> {
   // Once: a second Ctrl-C ends the process at once, which a conversion survives as well.
   process.once('SIGINT', stop);
   process.once('SIGTERM', stop);
+  // Past a limit on file sizes a write fails and sends this signal, which Ink's exit hook would take for the end.
+  process.on('SIGXFSZ', ignore);
   const log = options.json ? new JsonLog() : process.stderr.isTTY ? await TerminalLog.open() : new LineLog();
   try {
     const result = await convert(
@@ -89,8 +91,11 @@ async function runConvert(checkpoint: string, options: Options): Promise<void> {
     log.close();
     process.off('SIGINT', stop);
     process.off('SIGTERM', stop);
+    process.off('SIGXFSZ', ignore);
   }
 }
+
+function ignore(): void {}
 
 /** Tells of a conversion that runs. `close` may be called twice. */
 interface Log {
