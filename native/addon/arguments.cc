@@ -9,6 +9,7 @@ const char* code_name(StatusCode code) {
     case StatusCode::kOk: return "OK";
     case StatusCode::kArgument: return "NATIVE_ARGUMENT";
     case StatusCode::kIo: return "NATIVE_IO";
+    case StatusCode::kChecksum: return "NATIVE_CHECKSUM";
     case StatusCode::kMemory: return "NATIVE_MEMORY";
     case StatusCode::kCpu: return "NATIVE_CPU";
     case StatusCode::kBusy: return "NATIVE_BUSY";

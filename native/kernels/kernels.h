@@ -62,6 +62,15 @@ struct Kernels {
   void (*dot_q8)(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y);
   /** Float activations, padded with zero to whole groups. */
   void (*dot_f16)(Rows rows, size_t row_count, size_t groups, const float* x, float* y);
+  /**
+   * The same for rows at any address: row r has weights at `rows[r]` and scales `scales_offset` bytes further. For the rows
+   * of neurons that fired; bit for bit the result of dot_*.
+   */
+  void (*dot_list_q4)(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups,
+                      const QuantizedGroup* x, float* y);
+  void (*dot_list_q8)(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups,
+                      const QuantizedGroup* x, float* y);
+  void (*dot_list_f16)(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y);
   /** Unpadded float rows of n. */
   void (*dot_f32)(const float* rows, size_t row_count, size_t n, const float* x, float* y);
 

@@ -246,12 +246,29 @@ void half_to_float(const uint16_t* in, size_t n, float* out) {
   for (size_t i = 0; i < n; i++) out[i] = half_to_float_scalar(in[i]);
 }
 
+void dot_list_q4(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  for (size_t r = 0; r < row_count; r++) dot_q4({rows[r], rows[r] + scales_offset, 0}, 1, groups, x, y + r);
+}
+
+void dot_list_q8(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  for (size_t r = 0; r < row_count; r++) dot_q8({rows[r], rows[r] + scales_offset, 0}, 1, groups, x, y + r);
+}
+
+void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
+  for (size_t r = 0; r < row_count; r++) dot_f16({rows[r], nullptr, 0}, 1, groups, x, y + r);
+}
+
 constexpr Kernels kTable{
     .name = "scalar",
     .quantize = quantize,
     .dot_q4 = dot_q4,
     .dot_q8 = dot_q8,
     .dot_f16 = dot_f16,
+    .dot_list_q4 = dot_list_q4,
+    .dot_list_q8 = dot_list_q8,
+    .dot_list_f16 = dot_list_f16,
     .dot_f32 = dot_f32,
     .matmul_q4 = matmul_q4,
     .matmul_q8 = matmul_q8,

@@ -6,7 +6,13 @@
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
 
-export type NativeErrorCode = 'NATIVE_ARGUMENT' | 'NATIVE_IO' | 'NATIVE_MEMORY' | 'NATIVE_CPU' | 'NATIVE_BUSY';
+export type NativeErrorCode =
+  | 'NATIVE_ARGUMENT'
+  | 'NATIVE_IO'
+  | 'NATIVE_CHECKSUM'
+  | 'NATIVE_MEMORY'
+  | 'NATIVE_CPU'
+  | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
 export const KERNEL_SETS = ['scalar', 'neon', 'avx2', 'avx512'] as const;
@@ -79,9 +85,20 @@ export interface NativeTensor {
   columns: number;
 }
 
+/** An extent to load and check, at its file offset. */
+export interface NativeExtent {
+  name: string;
+  file: 'resident' | 'neurons';
+  offset: number;
+  bytes: number;
+  crc32: number;
+}
+
 export interface EngineRequest {
   residentPath: string;
   neuronsPath: string;
+  /** Every extent but the bundle checksums: read once, its CRC-32 compared, `NATIVE_CHECKSUM` naming the wrong one. */
+  extents: NativeExtent[];
   /** Everything but checksums. */
   tensors: NativeTensor[];
   /** One entry for each layer and expert (layer-major): where its bundles begin in `neurons.bin`. */

@@ -1,0 +1,252 @@
+#include "native/addon/engine_object.h"
+
+#include <sched.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "native/addon/converter_calls.h"
+#include "native/addon/task.h"
+#include "native/base/bandwidth.h"
+#include "native/engine/engine.h"
+#include "native/kernels/dispatch.h"
+
+namespace pi2 {
+namespace {
+
+/** An engine and who may use it: a step holds the lock; `busy` refuses a second one before it could queue. */
+struct SharedEngine {
+  std::mutex lock;
+  std::unique_ptr<Engine> engine;
+  std::atomic<bool> busy{false};
+};
+
+Status closed() { return Status::argument("the engine is closed"); }
+
+class EngineObject : public Napi::ObjectWrap<EngineObject> {
+ public:
+  static Napi::Function define(Napi::Env env) {
+    return DefineClass(
+        env, "NativeEngine",
+        {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
+         InstanceMethod<&EngineObject::counters>("counters"), InstanceMethod<&EngineObject::close>("close")});
+  }
+
+  /** Only openEngine constructs it, with the engine as an External. */
+  explicit EngineObject(const Napi::CallbackInfo& info) : ObjectWrap(info) {
+    if (info.Length() == 1 && info[0].IsExternal()) {
+      shared_ = *info[0].As<Napi::External<std::shared_ptr<SharedEngine>>>().Data();
+    } else {
+      Napi::TypeError::New(info.Env(), "engines are opened with openEngine").ThrowAsJavaScriptException();
+    }
+  }
+
+ private:
+  Napi::Value kernel_set(const Napi::CallbackInfo& info) {
+    const std::lock_guard<std::mutex> lock(shared_->lock);
+    return Napi::String::New(info.Env(), shared_->engine != nullptr ? shared_->engine->kernel_set() : "");
+  }
+
+  Napi::Value step(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    Fields fields(info[0]);
+    const Napi::Value tokens_value = fields.value("tokens");
+    const Napi::Value logits_value = fields.value("logits");
+    const size_t position = fields.size("position");
+    const bool all = fields.boolean("all");
+    const auto typed = [](const Napi::Value& value, napi_typedarray_type type) {
+      return value.IsTypedArray() && value.As<Napi::TypedArray>().TypedArrayType() == type;
+    };
+    if (!typed(tokens_value, napi_int32_array)) fields.fail("tokens must be an Int32Array");
+    if (!typed(logits_value, napi_float32_array)) fields.fail("logits must be a Float32Array");
+    if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+    if (shared_->busy.exchange(true)) {
+      return Task::refuse(env, Status(StatusCode::kBusy, "the engine is computing a step; wait for it"));
+    }
+    Napi::Int32Array tokens = tokens_value.As<Napi::Int32Array>();
+    Napi::Float32Array logits = logits_value.As<Napi::Float32Array>();
+    const int32_t* token_data = tokens.Data();
+    float* logit_data = logits.Data();
+    const size_t count = tokens.ElementLength();
+    const size_t room = logits.ElementLength();
+    return Task::run(
+        env, {tokens, logits},
+        [shared = shared_, token_data, logit_data, count, room, position, all] {
+          const std::lock_guard<std::mutex> lock(shared->lock);
+          Status status = closed();
+          if (shared->engine != nullptr) {
+            status = room < (all ? count : 1) * shared->engine->vocab_size()
+                         ? Status::argument("logits is too small")
+                         : shared->engine->step(token_data, count, position, logit_data, all);
+          }
+          shared->busy.store(false);
+          return status;
+        },
+        [](Napi::Env e) { return e.Undefined(); });
+  }
+
+  Napi::Value counters(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    const std::lock_guard<std::mutex> lock(shared_->lock);
+    if (shared_->engine == nullptr) {
+      to_error(env, closed()).ThrowAsJavaScriptException();
+      return env.Undefined();
+    }
+    const EngineCounters c = shared_->engine->counters();
+    Napi::Object object = Napi::Object::New(env);
+    const auto set = [&](const char* name, uint64_t value) {
+      object.Set(name, Napi::Number::New(env, static_cast<double>(value)));
+    };
+    set("tokens", c.tokens);
+    set("weightBytesRead", c.weight_bytes_read);
+    set("kvBytesRead", c.kv_bytes_read);
+    set("neuronsFired", c.neurons_fired);
+    set("neuronsSeen", c.neurons_seen);
+    set("weightBytes", c.weight_bytes);
+    set("kvBytes", c.kv_bytes);
+    set("scratchBytes", c.scratch_bytes);
+    return object;
+  }
+
+  Napi::Value close(const Napi::CallbackInfo& info) {
+    return Task::run(
+        info.Env(), {},
+        [shared = shared_] {
+          const std::lock_guard<std::mutex> lock(shared->lock);
+          shared->engine.reset();
+          return Status::ok();
+        },
+        [](Napi::Env e) { return e.Undefined(); });
+  }
+
+  std::shared_ptr<SharedEngine> shared_;
+};
+
+EngineConfig read_config(Fields& fields) {
+  EngineConfig config{};
+  config.resident_path = fields.text("residentPath");
+  config.neurons_path = fields.text("neuronsPath");
+  const auto each = [&](const char* name, const auto& read) {
+    const Napi::Value value = fields.value(name);
+    if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
+    const Napi::Array array = value.As<Napi::Array>();
+    for (uint32_t i = 0; i < array.Length(); i++) {
+      Fields element(array.Get(i));
+      read(element);
+      if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
+    }
+  };
+  each("extents", [&](Fields& e) {
+    const std::string file = e.text("file");
+    if (file != "resident" && file != "neurons") e.fail("file must be resident or neurons");
+    config.extents.push_back(
+        {e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"), static_cast<uint32_t>(e.size("crc32"))});
+  });
+  each("tensors", [&](Fields& e) {
+    config.tensors.push_back(
+        {e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"), e.size("columns")});
+  });
+  for (const double offset : fields.numbers("expertOffsets")) {
+    if (!(offset >= 0 && offset <= 9007199254740991.0)) fields.fail("expertOffsets must be sizes");
+    config.expert_offsets.push_back(static_cast<size_t>(offset));
+  }
+  const Status layout = read_layout(fields.value("layout"), &config.layout);
+  if (!layout.is_ok()) fields.fail(layout.message());
+  config.ffn_encoding = fields.encoding("ffnEncoding");
+  config.hidden_size = fields.size("hiddenSize");
+  config.layer_count = fields.size("layerCount");
+  config.head_count = fields.size("headCount");
+  config.kv_head_count = fields.size("kvHeadCount");
+  config.head_dim = fields.size("headDim");
+  config.neuron_count = fields.size("neuronCount");
+  config.vocab_size = fields.size("vocabSize");
+  config.norm_kind = fields.text("normKind") == "layer" ? NormKind::kLayer : NormKind::kRms;
+  config.norm_epsilon = static_cast<float>(fields.number("normEpsilon"));
+  const Napi::Value frequencies = fields.value("ropeFrequencies");
+  if (frequencies.IsTypedArray() && frequencies.As<Napi::TypedArray>().TypedArrayType() == napi_float32_array) {
+    Napi::Float32Array array = frequencies.As<Napi::Float32Array>();
+    config.rope_frequencies.assign(array.Data(), array.Data() + array.ElementLength());
+  } else {
+    fields.fail("ropeFrequencies must be a Float32Array");
+  }
+  for (const double window : fields.numbers("windows")) {
+    if (!(window >= 0 && window <= 1e9)) fields.fail("windows must be sizes");
+    config.windows.push_back(static_cast<size_t>(window));
+  }
+  config.gated = fields.boolean("gated");
+  const std::string activation = fields.text("activation");
+  if (activation == "silu") {
+    config.activation = ActivationKind::kSilu;
+  } else if (activation == "relu") {
+    config.activation = ActivationKind::kRelu;
+  } else if (activation == "drelu") {
+    config.activation = ActivationKind::kDRelu;
+  } else if (activation == "fatrelu") {
+    config.activation = ActivationKind::kFatRelu;
+  } else {
+    fields.fail("activation must be silu, relu, drelu or fatrelu");
+  }
+  config.threshold = static_cast<float>(fields.number("threshold"));
+  config.expert_count = fields.size("expertCount");
+  config.experts_per_token = fields.size("expertsPerToken");
+  config.context_length = fields.size("contextLength");
+  config.threads = fields.size("threads");
+  if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
+  config.batch_size = fields.size("batchSize");
+  return config;
+}
+
+Napi::Value open_engine_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Fields fields(info[0]);
+  EngineConfig config = read_config(fields);
+  if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+  auto* constructor = env.GetInstanceData<Napi::FunctionReference>();
+  auto shared = std::make_shared<SharedEngine>();
+  return Task::run(
+      env, {}, [shared, config = std::move(config)]() mutable { return Engine::open(std::move(config), &shared->engine); },
+      [shared, constructor](Napi::Env e) -> Napi::Value {
+        std::shared_ptr<SharedEngine> handle = shared;
+        return constructor->New({Napi::External<std::shared_ptr<SharedEngine>>::New(e, &handle)});
+      });
+}
+
+Napi::Value cpu_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Napi::Array sets = Napi::Array::New(env);
+  for (const Kernels* kernels : available_kernels()) sets.Set(sets.Length(), Napi::String::New(env, kernels->name));
+  Napi::Array features = Napi::Array::New(env);
+  for (const std::string& feature : cpu_features()) features.Set(features.Length(), Napi::String::New(env, feature));
+  cpu_set_t allowed;
+  const int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("kernelSets", sets);
+  object.Set("features", features);
+  object.Set("cores", Napi::Number::New(env, cores));
+  return object;
+}
+
+Napi::Value measure_read_bandwidth_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Fields fields(info[0]);
+  const size_t threads = fields.size("threads");
+  const size_t bytes = fields.size("bytes");
+  if (threads == 0 || threads > 1024 || bytes < 1 << 20) fields.fail("threads must be 1 to 1024, bytes at least 1 MiB");
+  if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+  auto rate = std::make_shared<double>(0);
+  return Task::run(
+      env, {}, [threads, bytes, rate] { return measure_read_bandwidth(threads, bytes, rate.get()); },
+      [rate](Napi::Env e) { return Napi::Number::New(e, *rate); });
+}
+
+}  // namespace
+
+void export_engine_calls(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new Napi::FunctionReference(Napi::Persistent(EngineObject::define(env))));
+  exports.Set("cpu", Napi::Function::New(env, cpu_call));
+  exports.Set("openEngine", Napi::Function::New(env, open_engine_call));
+  exports.Set("measureReadBandwidth", Napi::Function::New(env, measure_read_bandwidth_call));
+}
+
+}  // namespace pi2

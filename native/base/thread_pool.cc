@@ -1,0 +1,89 @@
+#include "native/base/thread_pool.h"
+
+namespace pi2 {
+namespace {
+
+/** About 50 us of pauses before a worker sleeps: longer than any serial part of a step. */
+constexpr int kSpins = 2000;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr uint32_t region_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+constexpr uint32_t chunk_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
+
+}  // namespace
+
+ThreadPool::ThreadPool(size_t threads) {
+  for (size_t i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_.store(true);
+  // An empty region wakes everybody up.
+  run_chunks(0, nullptr, nullptr);
+  for (std::thread& thread : workers_) thread.join();
+}
+
+void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* context) {
+  const uint32_t region = region_of(ticket_.load(std::memory_order_relaxed)) + 1;
+  function_.store(function, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  chunks_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
+  finished_.store(0, std::memory_order_relaxed);
+  // Pairs with the load in worker(): sequentially consistent, so that either a worker about to sleep sees the new region or
+  // its count as a sleeper is seen here.
+  ticket_.store(static_cast<uint64_t>(region) << 32, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) ticket_.notify_all();
+  work_on(region, 0);
+  for (int spin = 0; finished_.load(std::memory_order_acquire) != chunks; spin++) {
+    if (spin < kSpins) {
+      pause_cpu();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void ThreadPool::work_on(uint32_t region, size_t thread) {
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  while (region_of(ticket) == region) {
+    // Read before the claim: if the claim succeeds the region has not ended, so these are its own.
+    const ChunkFunction function = function_.load(std::memory_order_relaxed);
+    const void* context = context_.load(std::memory_order_relaxed);
+    const uint32_t chunks = chunks_.load(std::memory_order_relaxed);
+    if (chunk_of(ticket) >= chunks) return;
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    function(context, chunk_of(ticket), thread);
+    finished_.fetch_add(1, std::memory_order_release);
+    ticket = ticket_.load(std::memory_order_acquire);
+  }
+}
+
+void ThreadPool::worker(size_t thread) {
+  uint32_t seen = 0;
+  while (true) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    for (int spin = 0; region_of(ticket) == seen && spin < kSpins; spin++) {
+      pause_cpu();
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+    while (region_of(ticket) == seen) {
+      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      ticket = ticket_.load(std::memory_order_seq_cst);
+      if (region_of(ticket) == seen) ticket_.wait(ticket, std::memory_order_seq_cst);
+      sleepers_.fetch_sub(1, std::memory_order_relaxed);
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+    seen = region_of(ticket);
+    if (stop_.load()) return;
+    work_on(seen, thread);
+  }
+}
+
+}  // namespace pi2

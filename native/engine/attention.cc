@@ -1,0 +1,160 @@
+#include "native/engine/attention.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "native/base/carver.h"
+#include "native/engine/norm.h"
+#include "native/engine/product.h"
+
+namespace pi2 {
+namespace {
+
+/** Floats are padded to whole lines of 16. */
+size_t padded_floats(size_t count) { return (count + 15) / 16 * 16; }
+
+/** In place: e^(x - max) / sum. */
+void softmax(float* x, size_t n) {
+  float largest = x[0];
+  for (size_t i = 1; i < n; i++) largest = std::max(largest, x[i]);
+  float sum = 0;
+  for (size_t i = 0; i < n; i++) {
+    x[i] = std::exp(x[i] - largest);
+    sum += x[i];
+  }
+  const float inverse = 1.0f / sum;
+  for (size_t i = 0; i < n; i++) x[i] *= inverse;
+}
+
+void add_bias(const Matrix& bias, size_t first, size_t count, size_t tokens, float* y, size_t y_stride) {
+  if (!bias.exists()) return;
+  for (size_t t = 0; t < tokens; t++) {
+    for (size_t i = 0; i < count; i++) y[t * y_stride + i] += bias.floats()[first + i];
+  }
+}
+
+}  // namespace
+
+size_t Attention::carve(const EngineConfig& config, uint8_t* scratch) {
+  Carver carver(scratch);
+  qkv_ = carver.take<float>(config.batch_size * (config.query_size() + 2 * config.kv_size()));
+  scores_ = carver.take<float>(config.threads * padded_floats(config.context_length));
+  heads_ = carver.take<float>(config.threads * 2 * padded_floats(config.head_dim));
+  return carver.used();
+}
+
+size_t Attention::scratch_bytes(const EngineConfig& config) { return Attention().carve(config, nullptr); }
+
+void Attention::bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch,
+                     Activations mixed) {
+  config_ = &config;
+  kernels_ = &kernels;
+  pool_ = &pool;
+  padded_dim_ = padded_floats(config.head_dim);
+  mixed_ = mixed;
+  carve(config, scratch);
+}
+
+void Attention::project(const LayerWeights& w, const Activations& x, size_t tokens) {
+  struct Part {
+    const Matrix& matrix;
+    const Matrix& bias;
+    size_t first_chunk;
+    size_t first_output;
+  };
+  const size_t q_chunks = chunk_count(w.q.rows);
+  const size_t kv_chunks = chunk_count(w.k.rows);
+  const Part parts[] = {{w.q, w.q_bias, 0, 0},
+                        {w.k, w.k_bias, q_chunks, w.q.rows},
+                        {w.v, w.v_bias, q_chunks + kv_chunks, w.q.rows + w.k.rows}};
+  pool_->run(q_chunks + 2 * kv_chunks, [&](size_t chunk, size_t) {
+    const Part& part = parts[chunk < q_chunks ? 0 : chunk < q_chunks + kv_chunks ? 1 : 2];
+    const size_t first = (chunk - part.first_chunk) * kRowChunk;
+    const size_t count = std::min(kRowChunk, part.matrix.rows - first);
+    float* y = qkv_ + part.first_output + first;
+    multiply_rows(*kernels_, part.matrix, first, count, x, tokens, y, qkv_size());
+    add_bias(part.bias, first, count, tokens, y, qkv_size());
+  });
+}
+
+void Attention::store(const LayerWeights& w, const KvCache::Layer& cache, size_t token, size_t position) {
+  const size_t dim = config_->head_dim;
+  const size_t slot = cache.slot_of(position);
+  for (size_t h = 0; h < config_->kv_head_count; h++) {
+    float* key = qkv_ + token * qkv_size() + config_->query_size() + h * dim;
+    const float* value = key + config_->kv_size();
+    if (w.k_norm.exists()) {
+      normalize(NormKind::kRms, config_->norm_epsilon, key, w.k_norm.floats(), nullptr, dim, key);
+    }
+    if (!config_->rope_frequencies.empty()) rotate(key, config_->rope_frequencies.data(), dim, position);
+    // Padding stays zero, as allocated.
+    const size_t place = (h * cache.slots + slot) * padded_dim_;
+    kernels_->float_to_half(key, dim, cache.keys + place);
+    kernels_->float_to_half(value, dim, cache.values + place);
+  }
+}
+
+void Attention::attend(const LayerWeights& w, const KvCache::Layer& cache, size_t token, size_t head, size_t position,
+                       size_t window, size_t thread) {
+  const size_t dim = config_->head_dim;
+  const size_t kv_head = head / (config_->head_count / config_->kv_head_count);
+  float* query = heads_ + thread * 2 * padded_dim_;
+  float* output = query + padded_dim_;
+  std::memset(query, 0, 2 * padded_dim_ * sizeof(float));
+  std::memcpy(query, qkv_ + token * qkv_size() + head * dim, dim * sizeof(float));
+  if (w.q_norm.exists()) {
+    normalize(NormKind::kRms, config_->norm_epsilon, query, w.q_norm.floats(), nullptr, dim, query);
+  }
+  if (!config_->rope_frequencies.empty()) rotate(query, config_->rope_frequencies.data(), dim, position);
+
+  // Positions begin .. position, at most two runs of slots: up to the ring's end, then from its start.
+  const size_t begin = window != 0 && position + 1 > window ? position + 1 - window : 0;
+  const size_t count = position + 1 - begin;
+  const size_t first_slot = cache.slot_of(begin);
+  const size_t first_run = std::min(count, cache.slots - first_slot);
+  const uint16_t* keys = cache.keys + kv_head * cache.slots * padded_dim_;
+  const uint16_t* values = cache.values + kv_head * cache.slots * padded_dim_;
+  float* scores = scores_ + thread * padded_floats(config_->context_length);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  kernels_->attention_scores(query, keys + first_slot * padded_dim_, padded_dim_, padded_dim_, first_run, scale, scores);
+  kernels_->attention_scores(query, keys, padded_dim_, padded_dim_, count - first_run, scale, scores + first_run);
+  softmax(scores, count);
+  kernels_->attention_mix(scores, values + first_slot * padded_dim_, padded_dim_, padded_dim_, first_run, output);
+  kernels_->attention_mix(scores + first_run, values, padded_dim_, padded_dim_, count - first_run, output);
+  std::memcpy(mixed_.token(token) + head * dim, output, dim * sizeof(float));
+}
+
+void Attention::compute(const LayerWeights& w, const KvCache& cache, size_t layer_index, const Activations& x, size_t tokens,
+                        size_t position, float* out, size_t out_stride) {
+  const KvCache::Layer& layer = cache.layer(layer_index);
+  const size_t window = config_->windows[layer_index];
+  const size_t heads = config_->head_count;
+  project(w, x, tokens);
+  if (tokens == 1) {
+    store(w, layer, 0, position);
+  } else {
+    pool_->run(tokens, [&](size_t t, size_t) { store(w, layer, t, position + t); });
+  }
+  pool_->run(tokens * heads, [&](size_t chunk, size_t thread) {
+    // Tokens of one head one after another: its keys stay in the core's cache.
+    const size_t t = chunk % tokens;
+    attend(w, layer, t, chunk / tokens, position + t, window, thread);
+  });
+  for (size_t t = 0; t < tokens; t++) {
+    const size_t seen = window == 0 ? position + t + 1 : std::min(window, position + t + 1);
+    kv_bytes_read_ += 2 * 2 * seen * config_->kv_head_count * padded_dim_;
+  }
+  if (tokens == 1) {
+    mixed_.quantize(*kernels_, 0);
+  } else {
+    pool_->run(tokens, [&](size_t t, size_t) { mixed_.quantize(*kernels_, t); });
+  }
+  pool_->run(chunk_count(w.o.rows), [&](size_t chunk, size_t) {
+    const size_t first = chunk * kRowChunk;
+    const size_t count = std::min(kRowChunk, w.o.rows - first);
+    multiply_rows(*kernels_, w.o, first, count, mixed_, tokens, out + first, out_stride);
+    add_bias(w.o_bias, first, count, tokens, out + first, out_stride);
+  });
+}
+
+}  // namespace pi2

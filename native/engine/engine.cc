@@ -1,0 +1,191 @@
+#include "native/engine/engine.h"
+
+#include "native/engine/norm.h"
+#include "native/engine/product.h"
+#include "native/kernels/dispatch.h"
+#include "native/quantize/encode.h"
+
+namespace pi2 {
+namespace {
+
+Status check(const EngineConfig& c) {
+  const bool sizes = c.hidden_size > 0 && c.layer_count > 0 && c.head_count > 0 && c.kv_head_count > 0 && c.head_dim > 0 &&
+                     c.neuron_count > 0 && c.vocab_size > 0 && c.context_length > 0 && c.threads > 0 && c.batch_size > 0 &&
+                     c.expert_count > 0 && c.experts_per_token > 0;
+  if (!sizes) return Status::argument("a size is zero");
+  if (c.hidden_size > 1 << 20 || c.layer_count > 1 << 16 || c.head_count > 1 << 16 || c.head_dim > 1 << 16 ||
+      c.neuron_count > 1 << 24 || c.vocab_size > 1 << 26 || c.context_length > 1 << 26 || c.threads > 1024 ||
+      c.batch_size > 1 << 14 || c.expert_count > 1 << 14) {
+    return Status::argument("a size is absurd");
+  }
+  if (c.head_count % c.kv_head_count != 0) return Status::argument("headCount must be a multiple of kvHeadCount");
+  if (c.experts_per_token > c.expert_count) return Status::argument("expertsPerToken exceeds expertCount");
+  if (c.windows.size() != c.layer_count) return Status::argument("windows must have one entry a layer");
+  if (!c.rope_frequencies.empty() && c.rope_frequencies.size() * 2 != c.head_dim) {
+    return Status::argument("ropeFrequencies must have headDim / 2 entries");
+  }
+  return Status::ok();
+}
+
+}  // namespace
+
+Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
+  Status status = check(config);
+  if (!status.is_ok()) return status;
+  std::unique_ptr<Engine> engine(new Engine(std::move(config)));
+  engine->kernels_ = find_kernels(engine->config_.kernel_set);
+  if (engine->kernels_ == nullptr) return Status::cpu("this CPU cannot run the " + engine->config_.kernel_set + " kernels");
+  status = engine->weights_.load(engine->config_);
+  if (status.is_ok()) status = engine->allocate();
+  if (status.is_ok()) *result = std::move(engine);
+  return status;
+}
+
+Status Engine::allocate() {
+  Status status = cache_.allocate(config_);
+  if (!status.is_ok()) return status;
+  const size_t batch = config_.batch_size;
+  const size_t hidden = config_.hidden_size;
+  const size_t heads = config_.query_size();
+  const size_t stream_bytes = Activations::float_bytes(hidden, batch);
+  const size_t routed = config_.expert_count > 1 ? batch : 0;
+  const size_t sizes[] = {stream_bytes,
+                          stream_bytes,
+                          Activations::float_bytes(hidden, batch),
+                          Activations::quantized_bytes(hidden, batch),
+                          Activations::float_bytes(heads, batch),
+                          Activations::quantized_bytes(heads, batch),
+                          Activations::float_bytes(hidden, routed),
+                          Activations::quantized_bytes(hidden, routed),
+                          (Attention::scratch_bytes(config_) + 63) / 64 * 64,
+                          (Ffn::scratch_bytes(config_) + 63) / 64 * 64};
+  constexpr size_t kPieces = sizeof sizes / sizeof sizes[0];
+  size_t total = 0;
+  for (const size_t size : sizes) total += size;
+  status = scratch_.allocate(total, "scratch");
+  if (!status.is_ok()) return status;
+  uint8_t* pieces[kPieces];
+  uint8_t* next = scratch_.data();
+  for (size_t i = 0; i < kPieces; i++) {
+    pieces[i] = next;
+    next += sizes[i];
+  }
+  const auto activations = [&](size_t floats, size_t length) {
+    return Activations(reinterpret_cast<float*>(pieces[floats]), reinterpret_cast<QuantizedGroup*>(pieces[floats + 1]),
+                       length);
+  };
+  pool_ = std::make_unique<ThreadPool>(config_.threads);
+  hidden_ = reinterpret_cast<float*>(pieces[0]);
+  update_ = reinterpret_cast<float*>(pieces[1]);
+  normed_ = activations(2, hidden);
+  attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
+  ffn_.bind(config_, *kernels_, *pool_, pieces[9], activations(6, hidden));
+  return status;
+}
+
+void Engine::embed(const int32_t* tokens, size_t count, size_t position) {
+  const size_t stride = normed_.stride();
+  for (size_t t = 0; t < count; t++) {
+    float* x = hidden_ + t * stride;
+    const Rows row = weights_.embedding.rows_from(static_cast<size_t>(tokens[t]));
+    decode_vector(row.weights, row.scales, weights_.embedding.encoding, config_.hidden_size, x);
+    if (weights_.position_embedding.exists()) {
+      const Rows place = weights_.position_embedding.rows_from(position + t);
+      float* learned = update_ + t * stride;
+      decode_vector(place.weights, place.scales, weights_.position_embedding.encoding, config_.hidden_size, learned);
+      for (size_t i = 0; i < config_.hidden_size; i++) x[i] += learned[i];
+    }
+  }
+}
+
+void Engine::normalize_batch(const Matrix& weight, const Matrix& bias, size_t count) {
+  const auto one = [&](size_t t, size_t) {
+    normalize(config_.norm_kind, config_.norm_epsilon, hidden_ + t * normed_.stride(), weight.floats(),
+              bias.exists() ? bias.floats() : nullptr, config_.hidden_size, normed_.token(t));
+    normed_.quantize(*kernels_, t);
+  };
+  if (count == 1) {
+    one(0, 0);
+  } else {
+    pool_->run(count, one);
+  }
+}
+
+void Engine::add_update(size_t count) {
+  for (size_t t = 0; t < count; t++) {
+    float* x = hidden_ + t * normed_.stride();
+    const float* u = update_ + t * normed_.stride();
+    for (size_t i = 0; i < config_.hidden_size; i++) x[i] += u[i];
+  }
+}
+
+void Engine::run_layer(size_t index, size_t count, size_t position) {
+  const LayerWeights& layer = weights_.layers[index];
+  const size_t stride = normed_.stride();
+  normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
+  attention_.compute(layer, cache_, index, normed_, count, position, update_, stride);
+  add_update(count);
+  normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
+  ffn_.compute(layer, normed_, count, update_, stride);
+  add_update(count);
+  resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
+}
+
+void Engine::compute_logits(size_t first, size_t count, float* logits) {
+  // The wanted tokens move to the front, where the norm looks for them.
+  if (first > 0) {
+    for (size_t t = 0; t < count; t++) {
+      std::copy_n(hidden_ + (first + t) * normed_.stride(), config_.hidden_size, hidden_ + t * normed_.stride());
+    }
+  }
+  normalize_batch(weights_.output_norm, weights_.output_norm_bias, count);
+  const Matrix& head = weights_.head;
+  pool_->run(chunk_count(head.rows), [&](size_t chunk, size_t) {
+    const size_t row = chunk * kRowChunk;
+    multiply_rows(*kernels_, head, row, std::min(kRowChunk, head.rows - row), normed_, count, logits + row, head.rows);
+  });
+  resident_bytes_read_ += head.bytes();
+}
+
+Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all) {
+  if (count == 0) return Status::argument("a step needs at least one token");
+  if (position > config_.context_length || count > config_.context_length - position) {
+    return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
+  }
+  if (position > filled_ || !cache_.can_rewind(filled_, position)) {
+    return Status::argument("the KV cache does not hold the positions before " + std::to_string(position));
+  }
+  for (size_t i = 0; i < count; i++) {
+    if (tokens[i] < 0 || static_cast<size_t>(tokens[i]) >= config_.vocab_size) {
+      return Status::argument("token " + std::to_string(tokens[i]) + " is not in the vocabulary");
+    }
+  }
+  for (size_t done = 0; done < count;) {
+    const size_t batch = std::min(config_.batch_size, count - done);
+    embed(tokens + done, batch, position + done);
+    for (size_t i = 0; i < config_.layer_count; i++) run_layer(i, batch, position + done);
+    if (all) {
+      compute_logits(0, batch, logits + done * config_.vocab_size);
+    } else if (done + batch == count) {
+      compute_logits(batch - 1, 1, logits);
+    }
+    done += batch;
+    filled_ = position + done;
+    tokens_ += batch;
+  }
+  return Status::ok();
+}
+
+EngineCounters Engine::counters() const {
+  const FfnCounters& ffn = ffn_.counters();
+  return {tokens_,
+          resident_bytes_read_ + ffn.weight_bytes_read,
+          attention_.kv_bytes_read(),
+          ffn.neurons_fired,
+          ffn.neurons_seen,
+          weights_.bytes(),
+          cache_.bytes(),
+          scratch_.bytes()};
+}
+
+}  // namespace pi2

@@ -1,0 +1,76 @@
+#pragma once
+/**
+ * An open model and one sequence: weights, KV cache and scratch are allocated at open and nothing afterwards. A step
+ * computes n tokens through all layers, in batches of at most batch_size.
+ *
+ * Threads: `step` is called by one thread at a time (the addon sees to it); inside, the pool's threads share each region's
+ * chunks and nothing else.
+ */
+#include <memory>
+
+#include "native/base/memory.h"
+#include "native/base/status.h"
+#include "native/base/thread_pool.h"
+#include "native/engine/attention.h"
+#include "native/engine/config.h"
+#include "native/engine/ffn.h"
+#include "native/engine/kv_cache.h"
+#include "native/engine/weights.h"
+
+namespace pi2 {
+
+/** EngineCounters of src/engine/contract.ts. */
+struct EngineCounters {
+  uint64_t tokens;
+  uint64_t weight_bytes_read;
+  uint64_t kv_bytes_read;
+  uint64_t neurons_fired;
+  uint64_t neurons_seen;
+  size_t weight_bytes;
+  size_t kv_bytes;
+  size_t scratch_bytes;
+};
+
+class Engine {
+ public:
+  /** Checks the configuration, loads and verifies the weights. Takes seconds for a large model. */
+  static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
+
+  /**
+   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last.
+   */
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all);
+
+  const char* kernel_set() const { return kernels_->name; }
+  size_t vocab_size() const { return config_.vocab_size; }
+  EngineCounters counters() const;
+
+ private:
+  explicit Engine(EngineConfig config) : config_(std::move(config)) {}
+  Status allocate();
+  void embed(const int32_t* tokens, size_t count, size_t position);
+  /** x = norm(hidden) for each token, in both forms. */
+  void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
+  /** hidden += update for each token. */
+  void add_update(size_t count);
+  void run_layer(size_t index, size_t count, size_t position);
+  void compute_logits(size_t first, size_t count, float* logits);
+
+  EngineConfig config_;
+  const Kernels* kernels_ = nullptr;
+  Weights weights_;
+  KvCache cache_;
+  std::unique_ptr<ThreadPool> pool_;
+  HugeMemory scratch_;
+  float* hidden_ = nullptr;  // (batch, padded hidden): the residual stream
+  float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
+  Activations normed_;
+  Attention attention_;
+  Ffn ffn_;
+  size_t filled_ = 0;  // positions in the KV cache
+  uint64_t tokens_ = 0;
+  uint64_t resident_bytes_read_ = 0;
+};
+
+}  // namespace pi2

@@ -1,0 +1,59 @@
+#pragma once
+#include "native/base/thread_pool.h"
+#include "native/engine/activations.h"
+#include "native/engine/weights.h"
+
+namespace pi2 {
+
+/** What the FFN did since bind. Routed experts only. */
+struct FfnCounters {
+  uint64_t neurons_seen = 0;
+  uint64_t neurons_fired = 0;
+  uint64_t weight_bytes_read = 0;
+};
+
+/**
+ * The FFN of one layer, dense or a mixture of experts, exact: every gate is computed, up rows and down columns only of
+ * neurons that fire (paper section 1.1). A token's neurons are always summed in ascending order, so the result does not
+ * depend on threads or on how tokens are batched.
+ */
+class Ffn {
+ public:
+  static size_t scratch_bytes(const EngineConfig& config);
+  /** `routed`: room for the inputs of one expert's tokens. */
+  void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch, Activations routed);
+
+  /** out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. */
+  void compute(const LayerWeights& weights, const Activations& x, size_t tokens, float* out, size_t out_stride);
+
+  const FfnCounters& counters() const { return counters_; }
+
+ private:
+  /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
+  size_t carve(const EngineConfig& config, uint8_t* scratch);
+  void run_expert(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, size_t tokens,
+                  const float* shares, float* out, size_t out_stride);
+  void run_one(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, float share, float* out);
+  size_t find_fired(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, float share, size_t first,
+                    size_t count);
+  void route(const LayerWeights& layer, const Activations& x, size_t tokens);
+  float activate(float gate, float up) const;
+  bool gate_fires(float gate) const;
+
+  const EngineConfig* config_ = nullptr;
+  const Kernels* kernels_ = nullptr;
+  ThreadPool* pool_ = nullptr;
+  float* factors_ = nullptr;        // (neuron, batch): contributions of several tokens
+  float* tiles_ = nullptr;          // (thread, 2, batch, chunk): products of a chunk's rows
+  Column* columns_ = nullptr;       // (chunk, neuron of the chunk): fired neurons of one token
+  uint32_t* fired_ = nullptr;       // (chunk): how many
+  float* expert_out_ = nullptr;     // (batch, hidden)
+  float* shares_ = nullptr;         // (expert, batch): routing weight, 0 if not chosen
+  float* router_logits_ = nullptr;  // (expert)
+  float* token_shares_ = nullptr;   // (batch): of one expert's tokens
+  uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
+  Activations routed_;
+  FfnCounters counters_;
+};
+
+}  // namespace pi2

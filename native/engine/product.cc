@@ -1,0 +1,60 @@
+#include "native/engine/product.h"
+
+#include <cstdlib>
+
+namespace pi2 {
+
+void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, size_t count, const Activations& x,
+                   size_t tokens, float* y, size_t y_stride) {
+  if (matrix.encoding == Encoding::kF32) {
+    for (size_t t = 0; t < tokens; t++) {
+      kernels.dot_f32(matrix.floats() + first * matrix.columns, count, matrix.columns, x.token(t), y + t * y_stride);
+    }
+    return;
+  }
+  const Rows rows = matrix.rows_from(first);
+  const size_t groups = x.groups();
+  if (tokens == 1) {
+    switch (matrix.encoding) {
+      case Encoding::kQ4: return kernels.dot_q4(rows, count, groups, x.quantized(0), y);
+      case Encoding::kQ8: return kernels.dot_q8(rows, count, groups, x.quantized(0), y);
+      case Encoding::kF16: return kernels.dot_f16(rows, count, groups, x.token(0), y);
+      case Encoding::kF32: std::abort();
+    }
+  }
+  switch (matrix.encoding) {
+    case Encoding::kQ4: return kernels.matmul_q4(rows, count, groups, x.quantized(0), tokens, y, y_stride);
+    case Encoding::kQ8: return kernels.matmul_q8(rows, count, groups, x.quantized(0), tokens, y, y_stride);
+    case Encoding::kF16: return kernels.matmul_f16(rows, count, groups, x.token(0), x.stride(), tokens, y, y_stride);
+    case Encoding::kF32: std::abort();
+  }
+}
+
+void add_columns(const Kernels& kernels, const Matrix& down, size_t group_begin, size_t group_end, const float* factors,
+                 size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+  const Rows columns = down.rows_from(0);
+  switch (down.encoding) {
+    case Encoding::kQ4:
+      return kernels.add_columns_batch_q4(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
+                                          y_stride);
+    case Encoding::kQ8:
+      return kernels.add_columns_batch_q8(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
+                                          y_stride);
+    case Encoding::kF16:
+      return kernels.add_columns_batch_f16(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
+                                           y_stride);
+    case Encoding::kF32: std::abort();
+  }
+}
+
+void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group_begin,
+                 size_t group_end, float* y) {
+  switch (encoding) {
+    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, group_begin, group_end, y);
+    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, group_begin, group_end, y);
+    case Encoding::kF16: return kernels.add_columns_f16(columns, count, group_begin, group_end, y);
+    case Encoding::kF32: std::abort();
+  }
+}
+
+}  // namespace pi2

@@ -1,0 +1,27 @@
+#pragma once
+/** Products of encoded rows with activations: the choice of kernel by encoding and number of tokens, in one place. */
+#include <cstddef>
+
+#include "native/engine/activations.h"
+#include "native/engine/weights.h"
+
+namespace pi2 {
+
+/** Rows of a matrix that one thread takes at a time: some 100 KB of int4, so that claiming it costs nothing. */
+inline constexpr size_t kRowChunk = 64;
+
+constexpr size_t chunk_count(size_t rows) { return (rows + kRowChunk - 1) / kRowChunk; }
+
+/** y[t * y_stride + r] = row (first + r) . x_t, for `count` rows and `tokens` tokens. x holds both forms. */
+void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, size_t count, const Activations& x,
+                   size_t tokens, float* y, size_t y_stride);
+
+/** y_t += sum of factors[c * factor_stride + t] * column c, over all rows of `down`, for groups [group_begin, group_end). */
+void add_columns(const Kernels& kernels, const Matrix& down, size_t group_begin, size_t group_end, const float* factors,
+                 size_t factor_stride, size_t tokens, float* y, size_t y_stride);
+
+/** The same for one token and a list of columns. */
+void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group_begin,
+                 size_t group_end, float* y);
+
+}  // namespace pi2

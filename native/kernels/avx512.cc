@@ -1,0 +1,617 @@
+/**
+ * Kernels for AVX-512 with VNNI. Why they look as they do: a decode step is bound by memory bandwidth only if a core keeps
+ * up with about 25 GB/s of int4, so a row must cost little more than loading it.
+ *
+ *  - A 32-bit lane holds weights of one block, so `vpdpbusd` sums a block in its lane and one convert and one fused
+ *    multiply-add a group apply 16 scale products at once.
+ *  - Down columns: a nibble becomes a float by `vpermps` from a table of 16 (which looks only at the low 4 bits of a lane,
+ * so a shift is all the unpacking there is), and the outputs of a group stay in 16 registers over a batch of columns.
+ */
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "native/kernels/half.h"
+#include "native/kernels/kernels.h"
+
+namespace pi2 {
+namespace {
+
+/** Columns summed into a tile of y before the next tile: few enough that the next batch's prefetched bytes stay in L2. */
+constexpr size_t kColumnBatch = 32;
+/** Tokens of one matmul tile: two rows by four tokens leave room in 32 registers, and their activations stay in L1. */
+constexpr size_t kTokenTile = 4;
+
+inline __m512 load_scales(const uint8_t* scales) {
+  return _mm512_cvtph_ps(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales))));
+}
+
+inline __m512i load_line(const void* bytes) { return _mm512_loadu_si512(bytes); }
+
+// ---- rows times activations -------------------------------------------------------------------------------------------
+
+/** The four lines of unsigned weights of a q4 group, in the order of the activations' lines. */
+struct GroupWeights {
+  __m512i line[4];
+};
+
+inline GroupWeights unpack_q4(const uint8_t* group) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  const __m512i line0 = load_line(group);
+  const __m512i line1 = load_line(group + 64);
+  return {{_mm512_and_si512(line0, mask), _mm512_and_si512(_mm512_srli_epi16(line0, 4), mask), _mm512_and_si512(line1, mask),
+           _mm512_and_si512(_mm512_srli_epi16(line1, 4), mask)}};
+}
+
+/** q8 weights plus 128: `vpdpbusd` wants its first operand unsigned. */
+inline GroupWeights unpack_q8(const uint8_t* group) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  return {{_mm512_xor_si512(load_line(group), flip), _mm512_xor_si512(load_line(group + 64), flip),
+           _mm512_xor_si512(load_line(group + 128), flip), _mm512_xor_si512(load_line(group + 192), flip)}};
+}
+
+/**
+ * sum += scale products of the block sums of one group, for one row and one token. The activations' offset undoes weights
+ * stored plus 8; shifted by kOffsetShift it undoes plus 128.
+ */
+template <int kOffsetShift>
+inline __m512 add_group(const GroupWeights& w, __m512 w_scales, const GroupWeights& x, __m512i offset, __m512 x_scales,
+                        __m512 sum) {
+  __m512i blocks = _mm512_slli_epi32(offset, kOffsetShift);
+  for (size_t line = 0; line < 4; line++) blocks = _mm512_dpbusd_epi32(blocks, w.line[line], x.line[line]);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(blocks), _mm512_mul_ps(w_scales, x_scales), sum);
+}
+
+struct Q4 {
+  static constexpr size_t kBytes = kQ4GroupBytes;
+  static constexpr int kOffsetShift = 0;
+  static GroupWeights unpack(const uint8_t* group) { return unpack_q4(group); }
+};
+struct Q8 {
+  static constexpr size_t kBytes = kQ8GroupBytes;
+  static constexpr int kOffsetShift = 4;  // -8 * 16 = -128
+  static GroupWeights unpack(const uint8_t* group) { return unpack_q8(group); }
+};
+
+/**
+ * Prefetches piece number `piece` of the next rows, as one sequential stream: rows of a matrix follow each other in memory,
+ * and DRAM gives a core 40 GB/s in sequence but 25 GB/s as four strided streams. Non-temporal: weights are used once a
+ * token.
+ */
+template <size_t kGroupBytes>
+inline void prefetch_next_rows(const uint8_t* next, size_t piece) {
+  const char* bytes = reinterpret_cast<const char*>(next) + piece * (kGroupBytes + kGroupScaleBytes);
+  for (size_t line = 0; line <= kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+}
+
+/** kRows rows by kTokens tokens; y[t * y_stride + r]. Each sum is accumulated group by group, whatever the tile's shape. */
+template <class Format, size_t kRows, size_t kTokens>
+inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, size_t y_stride) {
+  __m512 sums[kRows][kTokens];
+  for (size_t r = 0; r < kRows; r++) {
+    for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
+  }
+  for (size_t g = 0; g < groups; g++) {
+    // Several tokens: all rows are unpacked first, so that each activation is loaded once. One token: row by row.
+    GroupWeights w[kRows];
+    __m512 scales[kRows];
+    for (size_t r = 0; r < kRows; r++) {
+      if (kTokens == 1) prefetch_next_rows<Format::kBytes>(rows.weights + kRows * rows.stride, g * kRows + r);
+      w[r] = Format::unpack(rows.weights + r * rows.stride + g * Format::kBytes);
+      scales[r] = load_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+    }
+    for (size_t t = 0; t < kTokens; t++) {
+      const QuantizedGroup& group = x[t * groups + g];
+      const GroupWeights values = {{load_line(group.values), load_line(group.values + 64), load_line(group.values + 128),
+                                    load_line(group.values + 192)}};
+      const __m512i offset = load_line(group.q4_offset);
+      const __m512 x_scales = _mm512_load_ps(group.scales);
+      for (size_t r = 0; r < kRows; r++) {
+        sums[r][t] = add_group<Format::kOffsetShift>(w[r], scales[r], values, offset, x_scales, sums[r][t]);
+      }
+    }
+  }
+  for (size_t r = 0; r < kRows; r++) {
+    for (size_t t = 0; t < kTokens; t++) y[t * y_stride + r] = _mm512_reduce_add_ps(sums[r][t]);
+  }
+}
+
+/** Up to four rows at any address, one token. While they are summed, the rows after them are prefetched one after another.
+ */
+template <class Format, size_t kRows>
+inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const uint8_t* const* next, size_t next_count,
+                      size_t groups, const QuantizedGroup* x, float* y) {
+  __m512 sums[kRows];
+  for (size_t r = 0; r < kRows; r++) sums[r] = _mm512_setzero_ps();
+  size_t next_row = 0;
+  size_t next_group = 0;
+  for (size_t g = 0; g < groups; g++) {
+    const GroupWeights values = {
+        {load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128), load_line(x[g].values + 192)}};
+    const __m512i offset = load_line(x[g].q4_offset);
+    const __m512 x_scales = _mm512_load_ps(x[g].scales);
+    for (size_t r = 0; r < kRows; r++) {
+      if (next_row < next_count) {
+        prefetch_next_rows<Format::kBytes>(next[next_row], next_group);
+        if (++next_group == groups) {
+          next_group = 0;
+          next_row++;
+        }
+      }
+      const GroupWeights w = Format::unpack(rows[r] + g * Format::kBytes);
+      const __m512 scales = load_scales(rows[r] + scales_offset + g * kGroupScaleBytes);
+      sums[r] = add_group<Format::kOffsetShift>(w, scales, values, offset, x_scales, sums[r]);
+    }
+  }
+  for (size_t r = 0; r < kRows; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
+template <class Format>
+void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+              float* y) {
+  size_t r = 0;
+  for (; r + 4 <= row_count; r += 4) {
+    const size_t left = row_count - r - 4;
+    list_tile<Format, 4>(rows + r, scales_offset, rows + r + 4, left < 4 ? left : 4, groups, x, y + r);
+  }
+  for (; r < row_count; r++) {
+    list_tile<Format, 1>(rows + r, scales_offset, rows + r + 1, r + 1 < row_count ? 1 : 0, groups, x, y + r);
+  }
+}
+
+inline Rows rows_from(Rows rows, size_t first) {
+  return {rows.weights + first * rows.stride, rows.scales + first * rows.stride, rows.stride};
+}
+
+template <class Format>
+void dot(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
+  size_t r = 0;
+  for (; r + 4 <= row_count; r += 4) tile<Format, 4, 1>(rows_from(rows, r), groups, x, y + r, 0);
+  for (; r < row_count; r++) tile<Format, 1, 1>(rows_from(rows, r), groups, x, y + r, 0);
+}
+
+template <class Format, size_t kTokens>
+inline void rows_of_tokens(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y, size_t y_stride) {
+  size_t r = 0;
+  for (; r + 2 <= row_count; r += 2) tile<Format, 2, kTokens>(rows_from(rows, r), groups, x, y + r, y_stride);
+  for (; r < row_count; r++) tile<Format, 1, kTokens>(rows_from(rows, r), groups, x, y + r, y_stride);
+}
+
+/** Tokens outside, rows inside: a tile's activations stay in L1 while the caller's few rows come from L2. */
+template <class Format>
+void matmul(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y, size_t y_stride) {
+  size_t t = 0;
+  for (; t + kTokenTile <= tokens; t += kTokenTile) {
+    rows_of_tokens<Format, kTokenTile>(rows, row_count, groups, x + t * groups, y + t * y_stride, y_stride);
+  }
+  for (; t + 2 <= tokens; t += 2) {
+    rows_of_tokens<Format, 2>(rows, row_count, groups, x + t * groups, y + t * y_stride, y_stride);
+  }
+  for (; t < tokens; t++) rows_of_tokens<Format, 1>(rows, row_count, groups, x + t * groups, y + t * y_stride, y_stride);
+}
+
+inline __m512 load_halves(const void* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(halves)));
+}
+
+template <size_t kRows, size_t kTokens>
+inline void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride) {
+  __m512 sums[kRows][kTokens];
+  for (size_t r = 0; r < kRows; r++) {
+    for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
+  }
+  for (size_t i = 0; i < groups * kGroup; i += 16) {
+    for (size_t r = 0; r < kRows; r++) {
+      const __m512 w = load_halves(rows.weights + r * rows.stride + 2 * i);
+      for (size_t t = 0; t < kTokens; t++) {
+        sums[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + t * x_stride + i), sums[r][t]);
+      }
+    }
+  }
+  for (size_t r = 0; r < kRows; r++) {
+    for (size_t t = 0; t < kTokens; t++) y[t * y_stride + r] = _mm512_reduce_add_ps(sums[r][t]);
+  }
+}
+
+void matmul_f16(Rows rows, size_t row_count, size_t groups, const float* x, size_t x_stride, size_t tokens, float* y,
+                size_t y_stride) {
+  size_t r = 0;
+  for (; r + 4 <= row_count; r += 4) {
+    size_t t = 0;
+    for (; t + 4 <= tokens; t += 4) {
+      tile_f16<4, 4>(rows_from(rows, r), groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    }
+    for (; t < tokens; t++) {
+      tile_f16<4, 1>(rows_from(rows, r), groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    }
+  }
+  for (; r < row_count; r++) {
+    for (size_t t = 0; t < tokens; t++) {
+      tile_f16<1, 1>(rows_from(rows, r), groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride);
+    }
+  }
+}
+
+void dot_f16(Rows rows, size_t row_count, size_t groups, const float* x, float* y) {
+  matmul_f16(rows, row_count, groups, x, 0, 1, y, 0);
+}
+
+void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
+  for (size_t r = 0; r < row_count; r++) tile_f16<1, 1>({rows[r], nullptr, 0}, groups, x, 0, y + r, 0);
+}
+
+inline __mmask16 tail_mask(size_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+void dot_f32(const float* rows, size_t row_count, size_t n, const float* x, float* y) {
+  for (size_t r = 0; r < row_count; r++) {
+    const float* row = rows + r * n;
+    __m512 sum = _mm512_setzero_ps();
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), _mm512_loadu_ps(x + i), sum);
+    if (i < n) {
+      const __mmask16 mask = tail_mask(n - i);
+      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, row + i), _mm512_maskz_loadu_ps(mask, x + i), sum);
+    }
+    y[r] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+// ---- activations ------------------------------------------------------------------------------------------------------
+
+void quantize(const float* x, size_t n, QuantizedGroup* out) {
+  for (size_t g = 0; g < group_count(n); g++) {
+    QuantizedGroup& group = out[g];
+    for (size_t block = 0; block < kGroupBlocks; block++) {
+      const size_t first = g * kGroup + block * kBlock;
+      const size_t count = first >= n ? 0 : (n - first < kBlock ? n - first : kBlock);
+      const __mmask16 low = tail_mask(count < 16 ? count : 16);
+      const __mmask16 high = tail_mask(count < 16 ? 0 : count - 16);
+      const __m512 x0 = count > 0 ? _mm512_maskz_loadu_ps(low, x + first) : _mm512_setzero_ps();
+      const __m512 x1 = count > 16 ? _mm512_maskz_loadu_ps(high, x + first + 16) : _mm512_setzero_ps();
+      const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
+      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(x0, _mm512_set1_ps(inverse)));
+      const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, _mm512_set1_ps(inverse)));
+      alignas(32) int8_t values[kBlock];
+      _mm_store_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtsepi32_epi8(q0));
+      _mm_store_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtsepi32_epi8(q1));
+      for (size_t e = 0; e < kBlock; e += 4) std::memcpy(group.values + q8_byte(block, e), values + e, 4);
+      group.q4_offset[block] = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
+      group.q4_offset[block + 8] = 0;
+      group.scales[block] = largest / 127.0f;
+      group.scales[block + 8] = largest / 127.0f;
+    }
+  }
+}
+
+// ---- down columns -----------------------------------------------------------------------------------------------------
+
+/**
+ * Lane order of a group's 256 outputs: register v = 8 p + t holds, in lane 8 s + b, the output that nibble t of a lane of
+ * q4 line p gives; in natural order that is 32 b + 16 p + 8 (t % 2) + 4 s + t / 2.
+ * For q8, register v = 4 m + j: 32 b + 8 m + 4 s + j.
+ */
+inline __m512i q4_outputs(size_t v) {
+  alignas(64) int32_t index[16];
+  for (size_t lane = 0; lane < 16; lane++) {
+    const size_t b = lane % 8;
+    const size_t s = lane / 8;
+    const size_t p = v / 8;
+    const size_t t = v % 8;
+    index[lane] = static_cast<int32_t>(32 * b + 16 * p + 8 * (t % 2) + 4 * s + t / 2);
+  }
+  return _mm512_load_si512(index);
+}
+inline __m512i q8_outputs(size_t v) {
+  alignas(64) int32_t index[16];
+  for (size_t lane = 0; lane < 16; lane++) {
+    index[lane] = static_cast<int32_t>(32 * (lane % 8) + 8 * (v / 4) + 4 * (lane / 8) + v % 4);
+  }
+  return _mm512_load_si512(index);
+}
+
+template <__m512i (*kOutputs)(size_t)>
+void to_lane_order(float* y, size_t groups) {
+  __m512i index[16];
+  for (size_t v = 0; v < 16; v++) index[v] = kOutputs(v);
+  for (size_t g = 0; g < groups; g++, y += kGroup) {
+    __m512 lanes[16];
+    for (size_t v = 0; v < 16; v++) lanes[v] = _mm512_i32gather_ps(index[v], y, 4);
+    for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, lanes[v]);
+  }
+}
+
+template <__m512i (*kOutputs)(size_t)>
+void to_natural_order(float* y, size_t groups) {
+  __m512i index[16];
+  for (size_t v = 0; v < 16; v++) index[v] = kOutputs(v);
+  for (size_t g = 0; g < groups; g++, y += kGroup) {
+    __m512 lanes[16];
+    for (size_t v = 0; v < 16; v++) lanes[v] = _mm512_loadu_ps(y + 16 * v);
+    for (size_t v = 0; v < 16; v++) _mm512_i32scatter_ps(y, index[v], lanes[v], 4);
+  }
+}
+
+inline __m512 q4_table() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); }
+
+/** Adds `count` columns' group to a tile of 256 outputs in lane order, and prefetches the same group of later columns. */
+inline void add_group_q4(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+  const __m512 table = q4_table();
+  __m512 sums[16];
+  for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
+  for (size_t c = 0; c < count; c++) {
+    const uint8_t* weights = columns[c].weights + group * kQ4GroupBytes;
+    if (c < ahead) {
+      const uint8_t* next = columns[c + count].weights + group * kQ4GroupBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(columns[c + count].scales + group * kGroupScaleBytes), _MM_HINT_T0);
+    }
+    const __m512 factor =
+        _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
+    const __m512i line0 = load_line(weights);
+    const __m512i line1 = load_line(weights + 64);
+#define PI2_NIBBLE(t)                                                                                          \
+  sums[t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(line0, 4 * (t)), table), factor, sums[t]); \
+  sums[8 + (t)] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(line1, 4 * (t)), table), factor, sums[8 + (t)])
+    PI2_NIBBLE(0);
+    PI2_NIBBLE(1);
+    PI2_NIBBLE(2);
+    PI2_NIBBLE(3);
+    PI2_NIBBLE(4);
+    PI2_NIBBLE(5);
+    PI2_NIBBLE(6);
+    PI2_NIBBLE(7);
+#undef PI2_NIBBLE
+  }
+  for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
+}
+
+/** Byte j of each lane, sign-extended, as float. */
+template <int kByte>
+inline __m512 signed_byte(__m512i line) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * kByte), 24));
+}
+
+inline void add_group_q8(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+  __m512 sums[16];
+  for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
+  for (size_t c = 0; c < count; c++) {
+    const uint8_t* weights = columns[c].weights + group * kQ8GroupBytes;
+    if (c < ahead) {
+      const uint8_t* next = columns[c + count].weights + group * kQ8GroupBytes;
+      for (size_t line = 0; line < 4; line++) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(columns[c + count].scales + group * kGroupScaleBytes), _MM_HINT_T0);
+    }
+    const __m512 factor =
+        _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
+    for (size_t m = 0; m < 4; m++) {
+      const __m512i line = load_line(weights + 64 * m);
+      sums[4 * m] = _mm512_fmadd_ps(signed_byte<0>(line), factor, sums[4 * m]);
+      sums[4 * m + 1] = _mm512_fmadd_ps(signed_byte<1>(line), factor, sums[4 * m + 1]);
+      sums[4 * m + 2] = _mm512_fmadd_ps(signed_byte<2>(line), factor, sums[4 * m + 2]);
+      sums[4 * m + 3] = _mm512_fmadd_ps(signed_byte<3>(line), factor, sums[4 * m + 3]);
+    }
+  }
+  for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
+}
+
+inline void add_group_f16(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+  __m512 sums[16];
+  for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
+  for (size_t c = 0; c < count; c++) {
+    const uint8_t* weights = columns[c].weights + group * kF16GroupBytes;
+    if (c < ahead) {
+      const uint8_t* next = columns[c + count].weights + group * kF16GroupBytes;
+      for (size_t line = 0; line < 8; line++) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * line), _MM_HINT_T0);
+    }
+    const __m512 factor = _mm512_set1_ps(columns[c].factor);
+    for (size_t v = 0; v < 16; v++) sums[v] = _mm512_fmadd_ps(load_halves(weights + 32 * v), factor, sums[v]);
+  }
+  for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
+}
+
+template <void (*kAddGroup)(const Column*, size_t, size_t, size_t, float*)>
+inline void add_batches(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
+  for (size_t c = 0; c < count; c += kColumnBatch) {
+    const size_t batch = count - c < kColumnBatch ? count - c : kColumnBatch;
+    const size_t left = count - c - batch;
+    const size_t ahead = left < batch ? left : batch;
+    for (size_t g = group_begin; g < group_end; g++) kAddGroup(columns + c, batch, ahead, g, y + g * kGroup);
+  }
+}
+
+void add_columns_q4(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
+  to_lane_order<q4_outputs>(y + group_begin * kGroup, group_end - group_begin);
+  add_batches<add_group_q4>(columns, count, group_begin, group_end, y);
+  to_natural_order<q4_outputs>(y + group_begin * kGroup, group_end - group_begin);
+}
+
+void add_columns_q8(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
+  to_lane_order<q8_outputs>(y + group_begin * kGroup, group_end - group_begin);
+  add_batches<add_group_q8>(columns, count, group_begin, group_end, y);
+  to_natural_order<q8_outputs>(y + group_begin * kGroup, group_end - group_begin);
+}
+
+void add_columns_f16(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
+  add_batches<add_group_f16>(columns, count, group_begin, group_end, y);
+}
+
+// ---- down columns, several tokens -------------------------------------------------------------------------------------
+
+/** Tokens whose outputs are summed together: a quarter of a group (4 registers) for each, 24 sums. */
+constexpr size_t kMixTokens = 6;
+
+/** Registers 4 k .. 4 k + 3 of a group's outputs, as weights. */
+struct Q4Columns {
+  static constexpr size_t kBytes = kQ4GroupBytes;
+  static __m512 scales(const uint8_t* s) { return load_scales(s); }
+  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
+    const __m512 table = q4_table();
+    __m512i line = load_line(group + 64 * (quarter / 2));
+    if (quarter % 2 != 0) line = _mm512_srli_epi32(line, 16);
+    out[0] = _mm512_permutexvar_ps(line, table);
+    out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 4), table);
+    out[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 8), table);
+    out[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 12), table);
+  }
+};
+struct Q8Columns {
+  static constexpr size_t kBytes = kQ8GroupBytes;
+  static __m512 scales(const uint8_t* s) { return load_scales(s); }
+  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
+    const __m512i line = load_line(group + 64 * quarter);
+    out[0] = signed_byte<0>(line);
+    out[1] = signed_byte<1>(line);
+    out[2] = signed_byte<2>(line);
+    out[3] = signed_byte<3>(line);
+  }
+};
+struct F16Columns {
+  static constexpr size_t kBytes = kF16GroupBytes;
+  static __m512 scales(const uint8_t*) { return _mm512_set1_ps(1.0f); }
+  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
+    for (size_t v = 0; v < 4; v++) out[v] = load_halves(group + 128 * quarter + 32 * v);
+  }
+};
+
+/** One quarter of one group for kTokens tokens, over all columns. y in lane order. */
+template <class Format, size_t kTokens>
+inline void mix_quarter(Rows columns, size_t count, size_t group, size_t quarter, const float* factors, size_t factor_stride,
+                        float* y, size_t y_stride) {
+  __m512 sums[kTokens][4];
+  for (size_t t = 0; t < kTokens; t++) {
+    for (size_t v = 0; v < 4; v++) sums[t][v] = _mm512_loadu_ps(y + t * y_stride + 64 * quarter + 16 * v);
+  }
+  for (size_t c = 0; c < count; c++) {
+    const float* factor = factors + c * factor_stride;
+    bool any = false;
+    for (size_t t = 0; t < kTokens; t++) any |= factor[t] != 0.0f;
+    if (!any) continue;
+    const __m512 scales = Format::scales(columns.scales + c * columns.stride + group * kGroupScaleBytes);
+    __m512 w[4];
+    Format::weights(columns.weights + c * columns.stride + group * Format::kBytes, quarter, w);
+    for (size_t t = 0; t < kTokens; t++) {
+      const __m512 scaled = _mm512_mul_ps(scales, _mm512_set1_ps(factor[t]));
+      for (size_t v = 0; v < 4; v++) sums[t][v] = _mm512_fmadd_ps(w[v], scaled, sums[t][v]);
+    }
+  }
+  for (size_t t = 0; t < kTokens; t++) {
+    for (size_t v = 0; v < 4; v++) _mm512_storeu_ps(y + t * y_stride + 64 * quarter + 16 * v, sums[t][v]);
+  }
+}
+
+template <class Format>
+inline void mix_group(Rows columns, size_t count, size_t group, const float* factors, size_t factor_stride, size_t tokens,
+                      float* y, size_t y_stride) {
+  for (size_t quarter = 0; quarter < 4; quarter++) {
+    size_t t = 0;
+    for (; t + kMixTokens <= tokens; t += kMixTokens) {
+      mix_quarter<Format, kMixTokens>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride,
+                                      y_stride);
+    }
+    for (; t < tokens; t++) {
+      mix_quarter<Format, 1>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride, y_stride);
+    }
+  }
+}
+
+void add_columns_batch_q4(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
+                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+  for (size_t g = group_begin; g < group_end; g++) {
+    float* outputs = y + g * kGroup;
+    for (size_t t = 0; t < tokens; t++) to_lane_order<q4_outputs>(outputs + t * y_stride, 1);
+    mix_group<Q4Columns>(columns, count, g, factors, factor_stride, tokens, outputs, y_stride);
+    for (size_t t = 0; t < tokens; t++) to_natural_order<q4_outputs>(outputs + t * y_stride, 1);
+  }
+}
+
+void add_columns_batch_q8(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
+                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+  for (size_t g = group_begin; g < group_end; g++) {
+    float* outputs = y + g * kGroup;
+    for (size_t t = 0; t < tokens; t++) to_lane_order<q8_outputs>(outputs + t * y_stride, 1);
+    mix_group<Q8Columns>(columns, count, g, factors, factor_stride, tokens, outputs, y_stride);
+    for (size_t t = 0; t < tokens; t++) to_natural_order<q8_outputs>(outputs + t * y_stride, 1);
+  }
+}
+
+void add_columns_batch_f16(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
+                           size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+  for (size_t g = group_begin; g < group_end; g++) {
+    mix_group<F16Columns>(columns, count, g, factors, factor_stride, tokens, y + g * kGroup, y_stride);
+  }
+}
+
+// ---- attention and conversions ----------------------------------------------------------------------------------------
+
+void attention_scores(const float* q, const uint16_t* keys, size_t stride, size_t n, size_t count, float scale,
+                      float* scores) {
+  for (size_t p = 0; p < count; p++) {
+    const uint16_t* key = keys + p * stride;
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) sum = _mm512_fmadd_ps(load_halves(key + i), _mm512_loadu_ps(q + i), sum);
+    scores[p] = scale * _mm512_reduce_add_ps(sum);
+  }
+}
+
+void attention_mix(const float* weights, const uint16_t* values, size_t stride, size_t n, size_t count, float* out) {
+  // 128 outputs at a time stay in registers over all positions.
+  for (size_t first = 0; first < n; first += 128) {
+    const size_t registers = (n - first < 128 ? n - first : 128) / 16;
+    __m512 sums[8];
+    for (size_t v = 0; v < registers; v++) sums[v] = _mm512_loadu_ps(out + first + 16 * v);
+    for (size_t p = 0; p < count; p++) {
+      const uint16_t* value = values + p * stride + first;
+      const __m512 weight = _mm512_set1_ps(weights[p]);
+      for (size_t v = 0; v < registers; v++) sums[v] = _mm512_fmadd_ps(load_halves(value + 16 * v), weight, sums[v]);
+    }
+    for (size_t v = 0; v < registers; v++) _mm512_storeu_ps(out + first + 16 * v, sums[v]);
+  }
+}
+
+void float_to_half(const float* in, size_t n, uint16_t* out) {
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), halves);
+  }
+  for (; i < n; i++) out[i] = float_to_half_scalar(in[i]);
+}
+
+void half_to_float(const uint16_t* in, size_t n, float* out) {
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, load_halves(in + i));
+  for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
+}
+
+constexpr Kernels kTable{
+    .name = "avx512",
+    .quantize = quantize,
+    .dot_q4 = dot<Q4>,
+    .dot_q8 = dot<Q8>,
+    .dot_f16 = dot_f16,
+    .dot_list_q4 = dot_list<Q4>,
+    .dot_list_q8 = dot_list<Q8>,
+    .dot_list_f16 = dot_list_f16,
+    .dot_f32 = dot_f32,
+    .matmul_q4 = matmul<Q4>,
+    .matmul_q8 = matmul<Q8>,
+    .matmul_f16 = matmul_f16,
+    .add_columns_q4 = add_columns_q4,
+    .add_columns_q8 = add_columns_q8,
+    .add_columns_f16 = add_columns_f16,
+    .add_columns_batch_q4 = add_columns_batch_q4,
+    .add_columns_batch_q8 = add_columns_batch_q8,
+    .add_columns_batch_f16 = add_columns_batch_f16,
+    .attention_scores = attention_scores,
+    .attention_mix = attention_mix,
+    .float_to_half = float_to_half,
+    .half_to_float = half_to_float,
+};
+
+}  // namespace
+
+const Kernels& avx512_kernels() { return kTable; }
+
+}  // namespace pi2

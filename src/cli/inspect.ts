@@ -1,0 +1,111 @@
+import { Command } from 'commander';
+import { isSplit, wasteShare } from '../format/layout.js';
+import type { Manifest } from '../format/manifest.js';
+import { openModelDirectory } from '../format/model-directory.js';
+import { type PartSize, partSizes } from '../format/sizes.js';
+import { formatBytes, formatShare, formatTable } from '../report/format.js';
+import { writeJson, writeOut } from './output.js';
+
+/** `inspect`: what a model directory holds, from its manifest. */
+export function inspectCommand(): Command {
+  return new Command('inspect')
+    .description('show what a model directory holds: shape, sizes by part, quantization, provenance')
+    .argument('<NAME.pi2>', 'model directory')
+    .option('--json', 'one JSON object on stdout')
+    .addHelpText('after', '\nExamples:\n  powerinfer2 inspect bamboo.pi2')
+    .action(inspect);
+}
+
+async function inspect(directory: string, flags: { json?: boolean }): Promise<void> {
+  const { manifest } = await openModelDirectory(directory);
+  const sizes = partSizes(manifest);
+  if (flags.json) await writeJson(inspection(manifest, sizes));
+  else await writeOut(describe(manifest, sizes));
+}
+
+function inspection(manifest: Manifest, sizes: PartSize[]): object {
+  const { format, name, hyperparameters, quantization, layout, heat_order, provenance } = manifest;
+  const total = totals(sizes);
+  const parts = sizes.map(({ part, weights, bytes }) => ({
+    part,
+    weights,
+    bytes,
+    bits_per_weight: bitsPerWeight(weights, bytes),
+    share: bytes / total.bytes,
+  }));
+  return {
+    type: 'model',
+    name,
+    format_version: format.version,
+    hyperparameters,
+    quantization,
+    weights: total.weights,
+    bytes: total.bytes,
+    parts,
+    layout: { ...layout, waste_share: wasteShare(layout) },
+    heat_order,
+    provenance,
+  };
+}
+
+function describe(manifest: Manifest, sizes: PartSize[]): string {
+  const { hyperparameters: h, quantization: q, layout, provenance } = manifest;
+  const total = totals(sizes);
+  const heads = `${h.head_count} heads of ${h.head_dim}, ${h.kv_head_count} for keys and values`;
+  const { position } = h;
+  const rotary = position.kind === 'rope' && `rotary, theta ${position.theta}${scalingText(position.scaling)}`;
+  const experts = h.experts ? `${h.experts.count} experts, ${h.experts.used_per_token} a token, each of ` : '';
+  const windows = h.attention.windows.filter((window) => window > 0);
+  const shape: [string, string][] = [
+    ['family', `${h.family}, ${(total.weights / 1e6).toFixed(1)} M weights`],
+    ['layers', `${h.layer_count}, hidden size ${h.hidden_size}`],
+    ['attention', windows.length > 0 ? `${heads}; sliding windows in ${windows.length} layers` : heads],
+    ['ffn', `${experts}${h.neuron_count} neurons, ${h.ffn.activation}${h.ffn.gated ? '' : ', no gate'}`],
+    ['positions', `${h.context_length}, ${rotary || 'learned'}`],
+    ['vocabulary', `${h.vocab_size}${h.tied_embeddings ? ', head tied to the embedding' : ''}`],
+    ['quantization', `${q.name}: ffn ${q.ffn}, attention ${q.attention}, embedding ${q.embedding}, head ${q.head}`],
+  ];
+  const parts = [...sizes, { part: 'total', ...total }].map(({ part, weights, bytes }): [string, string] => {
+    const bits = bitsPerWeight(weights, bytes);
+    const share = formatShare(bytes / total.bytes).padStart(7);
+    return [
+      part,
+      `${formatBytes(bytes).padStart(10)} ${share}${bits === null ? '' : `  ${bits.toFixed(2)} bits a weight`}`,
+    ];
+  });
+  const bundles: [string, string][] = [
+    ['part 1, part 2', `${layout.part1_bytes} and ${layout.part2_bytes} bytes, ${isSplit(layout) ? 'split' : 'joint'}`],
+    ['unit', `${layout.neurons_per_unit} neurons in ${layout.unit_bytes} bytes`],
+    ['waste', formatShare(wasteShare(layout))],
+    ['heat order', manifest.heat_order],
+  ];
+  const sources = provenance.sources.map(({ file, bytes, sha256 }): [string, string] => [
+    file,
+    `${formatBytes(bytes).padStart(10)}  sha256 ${sha256}`,
+  ]);
+  return [
+    `${manifest.name}, format ${manifest.format.version}`,
+    formatTable(shape),
+    'Sizes by part',
+    formatTable(parts),
+    'Neuron bundles',
+    formatTable(bundles),
+    `Provenance: made by ${provenance.converter} from`,
+    formatTable(sources),
+  ].join('\n');
+}
+
+function scalingText(scaling: { kind: string; factor: number } | null): string {
+  return scaling === null ? '' : `, ${scaling.kind} scaling by ${scaling.factor}`;
+}
+
+function totals(sizes: PartSize[]): { weights: number; bytes: number } {
+  return sizes.reduce((sum, size) => ({ weights: sum.weights + size.weights, bytes: sum.bytes + size.bytes }), {
+    weights: 0,
+    bytes: 0,
+  });
+}
+
+function bitsPerWeight(weights: number, bytes: number): number | null {
+  return weights === 0 ? null : (8 * bytes) / weights;
+}

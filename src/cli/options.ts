@@ -1,0 +1,136 @@
+import { type Command, InvalidArgumentError, Option } from 'commander';
+import { nearestName } from '../base/error.js';
+import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
+import type { EngineOptions } from '../engine/engine.js';
+import { SAMPLING_DEFAULTS, type SamplingOptions } from '../engine/sampler.js';
+import { LIMITS } from '../format/hyperparameters.js';
+
+/** Options of every command that opens an engine. */
+export interface EngineFlags {
+  ctxSize: number;
+  threads: number;
+  cpu?: KernelSet;
+}
+
+/** Options of every command that chooses tokens. */
+export interface SamplingFlags {
+  temp: number;
+  topK: number;
+  topP: number;
+  minP: number;
+  repeatPenalty: number;
+  repeatLastN: number;
+  /** -1 for a random one. */
+  seed: number;
+}
+
+const THREADS_MAX = 512;
+const SEED_MAX = 0xfffffffe;
+
+/** Adds `-m`, the model directory. */
+export function addModelOption(command: Command): Command {
+  return command.requiredOption('-m, --model <NAME.pi2>', 'model directory that convert made');
+}
+
+/** Adds `-c`, `-t` and `--cpu`. */
+export function addEngineOptions(
+  command: Command,
+  contextHelp = 'positions of the KV cache; 0 is the model’s own',
+): Command {
+  const context = new Option('-c, --ctx-size <n>', contextHelp).argParser(parseInteger(0, LIMITS.context));
+  const threads = new Option('-t, --threads <n>', 'threads; 0 is all cores').argParser(parseInteger(0, THREADS_MAX));
+  const cpu = new Option('--cpu <set>', `force a kernel set: ${KERNEL_SETS.join(', ')}`).argParser(parseKernelSet);
+  return command.addOption(context.default(0)).addOption(threads.default(0)).addOption(cpu);
+}
+
+/** Adds the options of sampling, with llama.cpp's names, meanings and defaults. */
+export function addSamplingOptions(command: Command): Command {
+  const defaults = SAMPLING_DEFAULTS;
+  const add = (flags: string, help: string, parse: (text: string) => number, value: number) =>
+    command.addOption(new Option(flags, help).argParser(parse).default(value));
+  add('--temp <t>', 'temperature; 0 is the likeliest token, always', parseNumber(-1000, 1000), defaults.temperature);
+  add('--top-k <k>', 'choose from the k likeliest; 0 is all', parseInteger(0, LIMITS.vocabulary), defaults.topK);
+  add('--top-p <p>', 'choose from the likeliest that sum up to p; 1 is all', parseNumber(0, 1), defaults.topP);
+  add('--min-p <p>', 'at least p times as likely as the likeliest; 0 is all', parseNumber(0, 1), defaults.minP);
+  add(
+    '--repeat-penalty <x>',
+    'make recent tokens less likely; 1 is off',
+    parseNumber(0.01, 100),
+    defaults.repeatPenalty,
+  );
+  const lastNHelp = 'how many tokens are recent; 0 is none, -1 all';
+  add('--repeat-last-n <n>', lastNHelp, parseInteger(-1, LIMITS.context), defaults.repeatLastN);
+  add('-s, --seed <n>', 'same seed, same text; -1 is a random one', parseInteger(-1, SEED_MAX), -1);
+  return command;
+}
+
+export function engineOptions(flags: EngineFlags): EngineOptions {
+  return {
+    context: flags.ctxSize,
+    threads: flags.threads,
+    ...(flags.cpu === undefined ? {} : { kernelSet: flags.cpu }),
+  };
+}
+
+export function samplingOptions(flags: SamplingFlags): SamplingOptions {
+  return {
+    temperature: flags.temp,
+    topK: flags.topK,
+    topP: flags.topP,
+    minP: flags.minP,
+    repeatPenalty: flags.repeatPenalty,
+    repeatLastN: flags.repeatLastN,
+  };
+}
+
+/** A parser of whole numbers from `least` to `most`. */
+export function parseInteger(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = /^[+-]?\d+$/.test(text) ? Number(text) : Number.NaN;
+    if (!(value >= least && value <= most)) {
+      throw new InvalidArgumentError(`Expected a whole number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}
+
+/** A parser of numbers from `least` to `most`. */
+export function parseNumber(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = text.trim() === '' ? Number.NaN : Number(text);
+    if (!(value >= least && value <= most)) {
+      throw new InvalidArgumentError(`Expected a number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}
+
+/** Bytes as people write them: `2G`, `512M`, `1.5GiB`, `4096`. Units are powers of 1024. */
+export function parseBytes(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?$/i.exec(text.trim());
+  const exponent = match?.[2] ? 'KMGT'.indexOf(match[2].toUpperCase()) + 1 : 0;
+  const bytes = match ? Math.floor(Number(match[1]) * 1024 ** exponent) : Number.NaN;
+  if (!Number.isSafeInteger(bytes) || bytes < 1) {
+    throw new InvalidArgumentError('Expected a number of bytes such as 2G, 512M or 4096.');
+  }
+  return bytes;
+}
+
+/** Token ids as people write them: `1,2,3`. */
+export function parseTokens(text: string): number[] {
+  if (text.trim() === '') return [];
+  return text.split(',').map((part) => {
+    const id = part.trim();
+    if (!/^\d{1,9}$/.test(id)) throw new InvalidArgumentError(`Expected token ids such as 1,2,3; '${id}' is none.`);
+    return Number(id);
+  });
+}
+
+function parseKernelSet(text: string): KernelSet {
+  const known = KERNEL_SETS.find((set) => set === text);
+  if (known) return known;
+  const nearest = nearestName(text, KERNEL_SETS);
+  throw new InvalidArgumentError(
+    `Expected one of ${KERNEL_SETS.join(', ')}.${nearest ? `\n(Did you mean ${nearest}?)` : ''}`,
+  );
+}

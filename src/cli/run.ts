@@ -1,0 +1,197 @@
+import { randomInt } from 'node:crypto';
+import { Command } from 'commander';
+import { EXIT, Pi2Error } from '../base/error.js';
+import { chooseContext, Engine } from '../engine/engine.js';
+import { Generation, requirePrompt } from '../engine/generate.js';
+import { seededRandom } from '../engine/random.js';
+import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
+import { formatBytes, formatMs } from '../report/format.js';
+import { formatRunReport, runReport } from '../report/run-report.js';
+import { readTextFile } from '../text/text-file.js';
+import { TokenStream } from '../text/token-stream.js';
+import { TextTokenizer } from '../text/tokenizer.js';
+import {
+  addEngineOptions,
+  addModelOption,
+  addSamplingOptions,
+  type EngineFlags,
+  engineOptions,
+  parseInteger,
+  parseTokens,
+  type SamplingFlags,
+  samplingOptions,
+} from './options.js';
+import { ExitWith, log, withInterrupt, writeJson, writeOut } from './output.js';
+
+interface RunFlags extends EngineFlags, SamplingFlags {
+  model: string;
+  prompt?: string;
+  file?: string;
+  tokens?: number[];
+  predict: number;
+  ignoreEos?: boolean;
+  json?: boolean;
+  report: boolean;
+}
+
+const PREDICT_MAX = 1 << 30;
+
+/** `run`: continues a prompt. */
+export function runCommand(): Command {
+  const command = new Command('run').description('continue a prompt, token by token');
+  addModelOption(command)
+    .option('-p, --prompt <text>', 'the prompt')
+    .option('-f, --file <file>', 'a UTF-8 file with the prompt; a newline at its end is left out')
+    .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
+    .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
+  addEngineOptions(command);
+  addSamplingOptions(command)
+    .option('--ignore-eos', 'do not stop at the end token')
+    .option('--json', 'one JSON object a line on stdout: tokens, then the report')
+    .option('--no-report', 'leave the report out');
+  command.addHelpText(
+    'after',
+    `
+stdout is the prompt and its continuation (with --tokens the continuation alone), stderr the log and the report.
+With --json: {"type":"token","id":263,"text":" a"} for each token, then {"type":"report",…}.
+
+Examples:
+  powerinfer2 run -m bamboo.pi2 -p "Once upon a time" -n 128
+  powerinfer2 run -m bamboo.pi2 -f prompt.txt --temp 0 -n 64
+  powerinfer2 run -m bamboo.pi2 --tokens 1,420,439 -n 16 --seed 7 --json`,
+  );
+  return command.action(run);
+}
+
+async function run(flags: RunFlags): Promise<void> {
+  const text = await promptText(flags);
+  const model = await openModelDirectory(flags.model);
+  const tokenizer = await openTokenizer(model, text === null);
+  const prompt = text === null ? (flags.tokens as number[]) : (tokenizer as TextTokenizer).encode(text);
+  const { vocab_size, eos_token_ids } = model.manifest.hyperparameters;
+  requirePrompt(prompt, { contextLength: chooseContext(model, flags.ctxSize), vocabSize: vocab_size });
+  await withInterrupt(async (signal) => {
+    const engine = await Engine.open(model, engineOptions(flags));
+    try {
+      logOpened(model, engine, flags.ctxSize);
+      const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
+      const generation = new Generation(engine, {
+        prompt,
+        maxTokens: flags.predict,
+        sampling: samplingOptions(flags),
+        random: seededRandom(seed),
+        endTokens: flags.ignoreEos ? [] : eos_token_ids,
+        signal,
+      });
+      const usedSeed = flags.temp > 0 ? seed : null;
+      await stream(flags, model, engine, generation, { text, tokenizer, seed: usedSeed });
+    } finally {
+      await engine.close();
+    }
+    if (signal.aborted) throw new ExitWith(EXIT.interrupted);
+  });
+}
+
+/** Prints tokens as they come, then the report. */
+async function stream(
+  flags: RunFlags,
+  model: ModelDirectory,
+  engine: Engine,
+  generation: Generation,
+  { text, tokenizer, seed }: { text: string | null; tokenizer: TextTokenizer | null; seed: number | null },
+): Promise<void> {
+  const printer = flags.json ? new JsonPrinter() : new TextPrinter();
+  const decoder = new TokenStream(tokenizer ?? { bytes: () => new Uint8Array(0) });
+  let countersAfterPrompt = engine.counters();
+  if (text !== null) await printer.prompt(text);
+  for await (const id of generation.tokens()) {
+    if (generation.timings.generatedTokens === 1) countersAfterPrompt = engine.counters();
+    await printer.token(id, decoder.push(id), decoder.isWaiting);
+  }
+  await printer.end(decoder.flush());
+  if (generation.stopReason === 'context') {
+    log(`stopped: the context of ${engine.contextLength} tokens is full; a larger one: -c`);
+  }
+  if (generation.timings.generatedTokens === 0) countersAfterPrompt = engine.counters();
+  if (!flags.report) return;
+  const { timings, stopReason } = generation;
+  const counters = engine.counters();
+  const facts = { manifest: model.manifest, engine, timings, stopReason, seed, countersAfterPrompt, counters };
+  const report = runReport(facts);
+  if (flags.json) await writeJson(report);
+  else log(`\n${formatRunReport(report).trimEnd()}`);
+}
+
+/** stdout is the text and a newline. */
+class TextPrinter {
+  async prompt(text: string): Promise<void> {
+    await writeOut(text);
+  }
+
+  async token(_id: number, text: string, _isWaiting: boolean): Promise<void> {
+    if (text !== '') await writeOut(text);
+  }
+
+  async end(rest: string): Promise<void> {
+    await writeOut(`${rest}\n`);
+  }
+}
+
+/** stdout is one object for each token. One whose character is unfinished waits for the next: the end may belong to it. */
+class JsonPrinter {
+  #waiting: { type: 'token'; id: number; text: string } | null = null;
+
+  async prompt(_text: string): Promise<void> {}
+
+  async token(id: number, text: string, isWaiting: boolean): Promise<void> {
+    if (this.#waiting) await writeJson(this.#waiting);
+    this.#waiting = { type: 'token', id, text };
+    if (!isWaiting) await this.end('');
+  }
+
+  async end(rest: string): Promise<void> {
+    if (this.#waiting) await writeJson({ ...this.#waiting, text: this.#waiting.text + rest });
+    this.#waiting = null;
+  }
+}
+
+/** The prompt's text, or null when it is given as tokens. Exactly one source is wanted. */
+async function promptText(flags: RunFlags): Promise<string | null> {
+  const given = [flags.prompt, flags.file, flags.tokens].filter((source) => source !== undefined).length;
+  if (given !== 1) {
+    const what = given === 0 ? 'no prompt is given' : 'the prompt is given more than once';
+    throw new Pi2Error('E_USAGE', what, 'give one of -p TEXT, -f FILE, --tokens 1,2,3');
+  }
+  if (flags.tokens !== undefined) return null;
+  // As llama.cpp does: the newline that editors put at the end of a file is not part of the prompt.
+  const text = flags.prompt ?? (await readTextFile(flags.file as string)).replace(/\r?\n$/, '');
+  if (text === '')
+    throw new Pi2Error('E_EMPTY_PROMPT', 'the prompt is empty', 'give -p TEXT, -f FILE or --tokens 1,2,3');
+  return text;
+}
+
+/** The model's tokenizer. When it is only wanted to show text, a model without one runs all the same. */
+async function openTokenizer(model: ModelDirectory, optional: boolean): Promise<TextTokenizer | null> {
+  try {
+    return await TextTokenizer.open(model.tokenizerPaths);
+  } catch (error) {
+    if (!optional || !(error instanceof Pi2Error)) throw error;
+    log(`${error.message}: tokens are shown without text`);
+    return null;
+  }
+}
+
+function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
+  const { name, hyperparameters: h, quantization } = model.manifest;
+  const { weightBytes, kvBytes } = engine.counters();
+  log(
+    `${name}: ${h.family}, ${quantization.name}, ${formatBytes(weightBytes)} of weights loaded in ${formatMs(engine.loadMs)}`,
+  );
+  const own = asked === 0 ? ' (the model’s own)' : '';
+  log(
+    `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
+  );
+  if (engine.contextLength > h.context_length) {
+    log(`warning: the model was trained on ${h.context_length} positions; text beyond them gets worse`);
+  }
+}

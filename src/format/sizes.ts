@@ -1,0 +1,44 @@
+import { expertCount } from './hyperparameters.js';
+import { type Manifest, NEURONS_FILE } from './manifest.js';
+
+/** The parts that `inspect` tells apart, in the order it shows them. */
+const PARTS = ['embedding', 'attention', 'norms and biases', 'router', 'ffn', 'head', 'checksums'] as const;
+export type Part = (typeof PARTS)[number];
+
+export interface PartSize {
+  part: Part;
+  /** Weights of the model, without padding. */
+  weights: number;
+  /** Bytes on flash, padding and scales included. */
+  bytes: number;
+}
+
+/** What each part of a model takes. Parts that a model has not are left out. Gaps between tensors are in no part. */
+export function partSizes(manifest: Manifest): PartSize[] {
+  const sizes = new Map<Part, PartSize>(PARTS.map((part) => [part, { part, weights: 0, bytes: 0 }]));
+  const add = (part: Part, weights: number, bytes: number) => {
+    const size = sizes.get(part) as PartSize;
+    size.weights += weights;
+    size.bytes += bytes;
+  };
+  for (const { name, rows, columns, bytes } of manifest.tensors) {
+    const part = partOf(name);
+    add(part, part === 'checksums' ? 0 : rows * columns, bytes);
+  }
+  const { hyperparameters: h, layout } = manifest;
+  const ffnWeights = h.layer_count * expertCount(h) * h.neuron_count * layout.matrices * h.hidden_size;
+  const ffnExtents = manifest.extents.filter((extent) => extent.file === NEURONS_FILE);
+  add(
+    'ffn',
+    ffnWeights,
+    ffnExtents.reduce((sum, extent) => sum + extent.bytes, 0),
+  );
+  return [...sizes.values()].filter((size) => size.bytes > 0);
+}
+
+function partOf(tensor: string): Part {
+  const kind = tensor.split('.').at(-1) as string;
+  if (kind === 'embedding' || kind === 'position_embedding') return 'embedding';
+  if (kind === 'head' || kind === 'router' || kind === 'checksums') return kind;
+  return ['q', 'k', 'v', 'o'].includes(kind) ? 'attention' : 'norms and biases';
+}

@@ -1,0 +1,136 @@
+import { readFileSync } from 'node:fs';
+import os from 'node:os';
+import type { EngineCounters } from '../engine/contract.js';
+import type { Engine } from '../engine/engine.js';
+import type { GenerationTimings, StopReason } from '../engine/generate.js';
+import type { Manifest } from '../format/manifest.js';
+import { readBuild } from './build.js';
+import { formatBytes, formatMs, formatShare, formatTable } from './format.js';
+import { summarize } from './statistics.js';
+
+/**
+ * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
+ * latency without a second token.
+ */
+export interface RunReport {
+  type: 'report';
+  model: string;
+  family: string;
+  quantization: string;
+  stop_reason: StopReason;
+  /** The seed that was really used; null for greedy decoding. */
+  seed: number | null;
+  context_length: number;
+  prompt_tokens: number;
+  generated_tokens: number;
+  prompt_tokens_per_second: number | null;
+  decode_tokens_per_second: number | null;
+  time_to_first_token_ms: number | null;
+  load_ms: number;
+  token_latency_ms_mean: number | null;
+  token_latency_ms_p50: number | null;
+  token_latency_ms_p90: number | null;
+  token_latency_ms_p99: number | null;
+  peak_memory_bytes: number;
+  weight_bytes: number;
+  kv_cache_bytes: number;
+  scratch_bytes: number;
+  /** Weight bytes that the kernels read for each decoded token. */
+  weight_bytes_per_token: number | null;
+  /** Of the neurons of the FFNs that tokens went through, those that fired. */
+  neurons_fired_share: number | null;
+  threads: number;
+  kernel_set: string;
+  cpu_features: string[];
+  cpu_model: string;
+  version: string;
+  commit: string;
+}
+
+export interface RunFacts {
+  manifest: Manifest;
+  engine: Pick<Engine, 'contextLength' | 'threads' | 'kernelSet' | 'cpuFeatures' | 'loadMs'>;
+  timings: GenerationTimings;
+  stopReason: StopReason;
+  seed: number | null;
+  /** Counters after the prompt and at the end. */
+  countersAfterPrompt: EngineCounters;
+  counters: EngineCounters;
+}
+
+/** Puts the facts of a run together. */
+export function runReport(facts: RunFacts): RunReport {
+  const { manifest, engine, timings, counters } = facts;
+  const latency = summarize(timings.latenciesMs);
+  const decodeSteps = timings.latenciesMs.length;
+  const decodeBytes = counters.weightBytesRead - facts.countersAfterPrompt.weightBytesRead;
+  const decodedTokens = counters.tokens - facts.countersAfterPrompt.tokens;
+  return {
+    type: 'report',
+    model: manifest.name,
+    family: manifest.hyperparameters.family,
+    quantization: manifest.quantization.name,
+    stop_reason: facts.stopReason,
+    seed: facts.seed,
+    context_length: engine.contextLength,
+    prompt_tokens: timings.promptTokens,
+    generated_tokens: timings.generatedTokens,
+    prompt_tokens_per_second: timings.promptMs > 0 ? (1000 * timings.promptTokens) / timings.promptMs : null,
+    decode_tokens_per_second: decodeSteps > 0 ? 1000 / (latency.mean as number) : null,
+    time_to_first_token_ms: timings.generatedTokens > 0 ? timings.firstTokenMs : null,
+    load_ms: engine.loadMs,
+    token_latency_ms_mean: latency.mean,
+    token_latency_ms_p50: latency.p50,
+    token_latency_ms_p90: latency.p90,
+    token_latency_ms_p99: latency.p99,
+    peak_memory_bytes: peakMemoryBytes(),
+    weight_bytes: counters.weightBytes,
+    kv_cache_bytes: counters.kvBytes,
+    scratch_bytes: counters.scratchBytes,
+    weight_bytes_per_token: decodedTokens > 0 ? Math.round(decodeBytes / decodedTokens) : null,
+    neurons_fired_share: counters.neuronsSeen > 0 ? counters.neuronsFired / counters.neuronsSeen : null,
+    threads: engine.threads,
+    kernel_set: engine.kernelSet,
+    cpu_features: [...engine.cpuFeatures],
+    cpu_model: os.cpus()[0]?.model.trim() || 'unknown',
+    ...readBuild(),
+  };
+}
+
+/** The report for people, one fact a line. */
+export function formatRunReport(report: RunReport): string {
+  const speed = (perSecond: number | null) => (perSecond === null ? '-' : `${perSecond.toFixed(2)} tokens/s`);
+  const time = (ms: number | null) => (ms === null ? '-' : formatMs(ms));
+  const memory = `weights ${formatBytes(report.weight_bytes)}, KV cache ${formatBytes(report.kv_cache_bytes)}`;
+  const perToken = report.weight_bytes_per_token;
+  return formatTable([
+    ['prompt', `${report.prompt_tokens} tokens, ${speed(report.prompt_tokens_per_second)}`],
+    ['decode', `${report.generated_tokens} tokens, ${speed(report.decode_tokens_per_second)}`],
+    ['first token', time(report.time_to_first_token_ms)],
+    [
+      'token latency',
+      `mean ${time(report.token_latency_ms_mean)}, P50 ${time(report.token_latency_ms_p50)}, ` +
+        `P90 ${time(report.token_latency_ms_p90)}, P99 ${time(report.token_latency_ms_p99)}`,
+    ],
+    ['load', formatMs(report.load_ms)],
+    ['peak memory', `${formatBytes(report.peak_memory_bytes)} (${memory})`],
+    ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
+    ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
+    ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
+    ['stopped by', report.stop_reason.replace('_', ' ')],
+    ['seed', report.seed === null ? '- (greedy)' : String(report.seed)],
+    ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
+    ['powerinfer2', `${report.version}, commit ${report.commit}`],
+  ]);
+}
+
+/** The most memory this process ever held. The kernel's own mark where there is one: getrusage may count the parent's. */
+export function peakMemoryBytes(): number {
+  try {
+    const kibibytes = readFileSync('/proc/self/status', 'utf8').match(/^VmHWM:\s+(\d+) kB$/m)?.[1];
+    if (kibibytes !== undefined) return Number(kibibytes) * 1024;
+  } catch {
+    // No /proc: the portable figure below.
+  }
+  return process.resourceUsage().maxRSS * 1024;
+}
