@@ -1,9 +1,10 @@
 import { Command } from 'commander';
+import { formatBytes } from '../base/bytes.js';
 import { isSplit, wasteShare } from '../format/layout.js';
 import type { Manifest } from '../format/manifest.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { type PartSize, partSizes } from '../format/sizes.js';
-import { formatBytes, formatShare, formatTable } from '../report/format.js';
+import { formatShare, formatTable } from '../report/format.js';
 import { writeJson, writeOut } from './output.js';
 
 /** `inspect`: what a model directory holds, from its manifest. */

@@ -59,7 +59,14 @@ function buildProgram(): Command {
     .helpOption('-h, --help', 'print this help')
     .helpCommand('help [command]', 'print the help of a command')
     .addHelpText('after', `${EXAMPLES}\n${EXIT_HELP}`);
-  const commands = [convertCommand(), runCommand(), evalCommand(), perplexityCommand(), inspectCommand(), verifyCommand()];
+  const commands = [
+    convertCommand(),
+    runCommand(),
+    evalCommand(),
+    perplexityCommand(),
+    inspectCommand(),
+    verifyCommand(),
+  ];
   for (const command of commands) {
     command
       .option('--verbose', 'print the stack of an error')

@@ -105,17 +105,6 @@ export function parseNumber(least: number, most: number): (text: string) => numb
   };
 }
 
-/** Bytes as people write them: `2G`, `512M`, `1.5GiB`, `4096`. Units are powers of 1024. */
-export function parseBytes(text: string): number {
-  const match = /^(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?$/i.exec(text.trim());
-  const exponent = match?.[2] ? 'KMGT'.indexOf(match[2].toUpperCase()) + 1 : 0;
-  const bytes = match ? Math.floor(Number(match[1]) * 1024 ** exponent) : Number.NaN;
-  if (!Number.isSafeInteger(bytes) || bytes < 1) {
-    throw new InvalidArgumentError('Expected a number of bytes such as 2G, 512M or 4096.');
-  }
-  return bytes;
-}
-
 /** Token ids as people write them: `1,2,3`. */
 export function parseTokens(text: string): number[] {
   if (text.trim() === '') return [];

@@ -1,11 +1,12 @@
 import { randomInt } from 'node:crypto';
 import { Command } from 'commander';
+import { formatBytes } from '../base/bytes.js';
 import { EXIT, Pi2Error } from '../base/error.js';
 import { chooseContext, Engine } from '../engine/engine.js';
 import { Generation, requirePrompt } from '../engine/generate.js';
 import { seededRandom } from '../engine/random.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
-import { formatBytes, formatMs } from '../report/format.js';
+import { formatMs } from '../report/format.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
 import { readTextFile } from '../text/text-file.js';
 import { TokenStream } from '../text/token-stream.js';

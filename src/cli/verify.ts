@@ -1,9 +1,9 @@
 import { Command } from 'commander';
+import { formatBytes } from '../base/bytes.js';
 import { EXIT } from '../base/error.js';
 import { loadAddon } from '../engine/addon.js';
 import { verifyModel } from '../engine/verify.js';
 import { openModelDirectory } from '../format/model-directory.js';
-import { formatBytes } from '../report/format.js';
 import { ExitWith, Progress, throwIfInterrupted, withInterrupt, writeJson, writeOut } from './output.js';
 
 /** `verify`: every checksum of a model directory. */

@@ -1,9 +1,9 @@
 import os from 'node:os';
+import { formatBytes } from '../base/bytes.js';
 import { Pi2Error } from '../base/error.js';
 import { expertCount } from '../format/hyperparameters.js';
-import { NEURONS_FILE } from '../format/manifest.js';
+import { RESIDENT_FILE } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
-import { formatBytes } from '../report/format.js';
 import { loadAddon } from './addon.js';
 import type {
   EngineCounters,
@@ -164,11 +164,11 @@ function engineRequest(
   return {
     residentPath: model.residentPath,
     neuronsPath: model.neuronsPath,
-    extents: nativeExtents(model),
     tensors: nativeTensors(model),
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
+    extents: nativeExtents(model),
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
     hiddenSize: h.hidden_size,
@@ -194,19 +194,6 @@ function engineRequest(
   };
 }
 
-/** Every extent with weights; the bundles' own checksums are for reads of single bundles. */
-function nativeExtents(model: ModelDirectory): NativeExtent[] {
-  return model.manifest.extents
-    .filter((extent) => !extent.name.endsWith('.checksums'))
-    .map(({ name, file, offset, bytes, crc32 }) => ({
-      name,
-      file: file === NEURONS_FILE ? 'neurons' : 'resident',
-      offset,
-      bytes,
-      crc32: Number.parseInt(crc32, 16),
-    }));
-}
-
 function nativeTensors(model: ModelDirectory): NativeTensor[] {
   const tensors: NativeTensor[] = [];
   for (const tensor of model.manifest.tensors) {
@@ -215,6 +202,18 @@ function nativeTensors(model: ModelDirectory): NativeTensor[] {
     tensors.push({ name, offset: model.tensorOffset(tensor), bytes, encoding, rows, columns });
   }
   return tensors;
+}
+
+/** What is loaded and checked: all but the bundle checksums, which are for bundles that are read one by one. */
+function nativeExtents(model: ModelDirectory): NativeExtent[] {
+  const extents = model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums'));
+  return extents.map(({ name, file, offset, bytes, crc32 }) => ({
+    name,
+    file: file === RESIDENT_FILE ? 'resident' : 'neurons',
+    offset,
+    bytes,
+    crc32: Number.parseInt(crc32, 16),
+  }));
 }
 
 /** The manifest's layout as the addon takes it. */

@@ -1,4 +1,4 @@
-import { ENCODINGS, type Encoding } from './encoding.js';
+import type { Encoding } from './encoding.js';
 import { expertCount, type Hyperparameters } from './hyperparameters.js';
 import { type Manifest, NEURONS_FILE, RESIDENT_FILE } from './manifest.js';
 
@@ -37,8 +37,7 @@ export function expectedTensors(manifest: Pick<Manifest, 'hyperparameters' | 'qu
 
   matrix('embedding', 'embedding', h.vocab_size, h.hidden_size, quantization.embedding);
   if (h.position.kind === 'learned') {
-    const shape = { rows: h.context_length, columns: h.hidden_size, encodings: ENCODINGS };
-    tensors.push({ extent: 'embedding', name: 'position_embedding', ...shape });
+    matrix('embedding', 'position_embedding', h.context_length, h.hidden_size, quantization.embedding);
   }
   for (let layer = 0; layer < h.layer_count; layer++) {
     layerTensors(h, quantization.attention, `layers.${layer}`, matrix, vector);

@@ -21,8 +21,8 @@ export function checkHyperparameters(manifest: Manifest): string | null {
     return `experts.used_per_token ${h.experts.used_per_token} is more than experts.count ${h.experts.count}`;
   }
   if (h.experts && h.ffn.bias) return 'ffn.bias with experts is not known to the format';
-  for (const id of [h.bos_token_id ?? 0, ...h.eos_token_ids]) {
-    if (id >= h.vocab_size) return `token ${id} is outside the vocabulary of ${h.vocab_size}`;
+  if (h.bos_token_id !== null && h.bos_token_id >= h.vocab_size) {
+    return `bos_token_id ${h.bos_token_id} is outside the vocabulary of ${h.vocab_size}`;
   }
   if (quantization.ffn === 'f32') return 'quantization.ffn: bundles are f16, q8 or q4';
   return null;

@@ -1,6 +1,7 @@
-import { readFileSync, statSync } from 'node:fs';
+import { existsSync, readFileSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { PROGRAM_VERSION } from '../base/version.js';
 
 /** Which powerinfer2 this is. */
 export interface Build {
@@ -9,22 +10,15 @@ export interface Build {
   commit: string;
 }
 
-/** Reads version and commit from the package that this file belongs to. */
+/** Version and commit of the package that this file belongs to. */
 export function readBuild(): Build {
-  const root = packageRoot();
-  const { version } = JSON.parse(readFileSync(path.join(root, 'package.json'), 'utf8')) as { version: string };
-  return { version, commit: readCommit(root) };
+  return { version: PROGRAM_VERSION, commit: readCommit(packageRoot()) };
 }
 
 function packageRoot(): string {
   let folder = path.dirname(fileURLToPath(import.meta.url));
-  for (;;) {
-    const text = readText(path.join(folder, 'package.json'));
-    if (text !== undefined && (JSON.parse(text) as { name?: string }).name === 'powerinfer2') return folder;
-    const parent = path.dirname(folder);
-    if (parent === folder) throw new Error('package.json of powerinfer2 not found');
-    folder = parent;
-  }
+  while (!existsSync(path.join(folder, 'package.json'))) folder = path.dirname(folder);
+  return folder;
 }
 
 /** The commit that `.git` beside the package says is checked out, read as files: git itself need not be installed. */

@@ -1,17 +1,3 @@
-/** Bytes for people: three digits and a binary unit, `4.21 GiB`. */
-export function formatBytes(bytes: number): string {
-  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
-  let value = bytes;
-  let unit = 0;
-  while (value >= 1024 && unit < units.length - 1) {
-    value /= 1024;
-    unit++;
-  }
-  return unit === 0
-    ? `${bytes} B`
-    : `${value.toPrecision(Math.max(3, String(Math.trunc(value)).length))} ${units[unit]}`;
-}
-
 /** Milliseconds for people: `8.42 ms`, `1.35 s`. */
 export function formatMs(ms: number): string {
   return ms < 1000 ? `${ms.toFixed(ms < 100 ? 2 : 1)} ms` : `${(ms / 1000).toFixed(2)} s`;

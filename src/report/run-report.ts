@@ -1,11 +1,12 @@
 import { readFileSync } from 'node:fs';
 import os from 'node:os';
+import { formatBytes } from '../base/bytes.js';
 import type { EngineCounters } from '../engine/contract.js';
 import type { Engine } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
 import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
-import { formatBytes, formatMs, formatShare, formatTable } from './format.js';
+import { formatMs, formatShare, formatTable } from './format.js';
 import { summarize } from './statistics.js';
 
 /**
