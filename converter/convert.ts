@@ -1,6 +1,7 @@
 import { availableParallelism } from 'node:os';
 import { basename, join, resolve } from 'node:path';
 import { ERROR_CODES, Pi2Error } from '../src/base/error.js';
+import { peakMemoryBytes } from '../src/base/memory.js';
 import { PROGRAM_VERSION } from '../src/base/version.js';
 import { loadAddon } from '../src/engine/addon.js';
 import {
@@ -169,7 +170,7 @@ async function convertCheckpoint(
     seconds,
     sourceBytes: convertedBytes,
     sourceBytesPerSecond: convertedBytes / seconds,
-    peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
+    peakMemoryBytes: peakMemoryBytes(),
     ignored: model.ignored,
     hasTokenizer: checkpoint.textFiles.includes('tokenizer.json'),
     resumed,

@@ -1,5 +1,6 @@
+import { randomUUID } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import { link, readFile, rename, unlink, writeFile } from 'node:fs/promises';
+import { link, readFile, rename, rm, unlink, writeFile } from 'node:fs/promises';
 import { fileError, Pi2Error } from '../../src/base/error.js';
 
 /**
@@ -16,25 +17,23 @@ export class Lock {
   /** Throws `E_EXISTS` when a living process holds the lock. */
   static async take(path: string): Promise<Lock> {
     const owner = `${process.pid} ${startTime(process.pid)}\n`;
-    const own = `${path}.${process.pid}`;
+    const own = `${path}.${randomUUID()}`;
     try {
       await writeFile(own, owner);
-      try {
-        for (;;) {
-          try {
-            // A link appears with its content or not at all: nobody reads a lock that is still empty.
-            await link(own, path);
-            return new Lock(path);
-          } catch (error) {
-            if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
-          }
-          await removeIfStale(path, `${own}.stale`);
+      for (;;) {
+        try {
+          // A link appears with its content or not at all: nobody reads a lock that is still empty.
+          await link(own, path);
+          return new Lock(path);
+        } catch (error) {
+          if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
         }
-      } finally {
-        await unlink(own);
+        await removeIfStale(path, `${own}.stale`);
       }
     } catch (error) {
       throw fileError(error, 'lock', path);
+    } finally {
+      await rm(own, { force: true });
     }
   }
 

@@ -15,7 +15,7 @@ inline void pause_cpu() {
 }
 
 constexpr uint32_t region_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
-constexpr uint32_t chunk_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
+constexpr uint32_t unclaimed_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
 
 }  // namespace
 
@@ -38,7 +38,7 @@ void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* c
   finished_.store(0, std::memory_order_relaxed);
   // Pairs with the load in worker(): sequentially consistent, so that either a worker about to sleep sees the new region or
   // its count as a sleeper is seen here.
-  ticket_.store(static_cast<uint64_t>(region) << 32, std::memory_order_seq_cst);
+  ticket_.store((static_cast<uint64_t>(region) << 32) | chunks, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) ticket_.notify_all();
   work_on(region, 0);
   for (int spin = 0; finished_.load(std::memory_order_acquire) != chunks; spin++) {
@@ -52,14 +52,11 @@ void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* c
 
 void ThreadPool::work_on(uint32_t region, size_t thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (region_of(ticket) == region) {
-    // Read before the claim: if the claim succeeds the region has not ended, so these are its own.
-    const ChunkFunction function = function_.load(std::memory_order_relaxed);
-    const void* context = context_.load(std::memory_order_relaxed);
-    const uint32_t chunks = chunks_.load(std::memory_order_relaxed);
-    if (chunk_of(ticket) >= chunks) return;
-    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-    function(context, chunk_of(ticket), thread);
+  while (region_of(ticket) == region && unclaimed_of(ticket) > 0) {
+    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    // The region cannot end before this chunk is finished, so the work read here is its own.
+    const uint32_t chunk = chunks_.load(std::memory_order_relaxed) - unclaimed_of(ticket);
+    function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), chunk, thread);
     finished_.fetch_add(1, std::memory_order_release);
     ticket = ticket_.load(std::memory_order_acquire);
   }

@@ -93,12 +93,20 @@ void quantize(const float* x, size_t n, QuantizedGroup* out) {
 
 // -- How matrix products are cut --------------------------------------------------------------------------------------
 
+/** Rows at any address: row r has weights at weights[r] and scales `scales_offset` bytes further. */
+struct RowList {
+  const uint8_t* const* weights;
+  size_t scales_offset;
+  /** Rows that follow those of a tile in this call. */
+  size_t following;
+};
+
 /**
- * R rows times T tokens. Token t begins at x + t * x_stride. `more` says that R more rows follow these. The operations of
- * one row and token are the same in every tile of an encoding, so that every cut gives the same bits.
+ * R rows times T tokens. Token t begins at x + t * x_stride. The operations of one row and token are the same in every tile
+ * of an encoding, so that every cut gives the same bits.
  */
 template <typename X>
-using Tile = void (*)(Rows rows, size_t groups, const X* x, size_t x_stride, float* y, size_t y_stride, bool more);
+using Tile = void (*)(RowList rows, size_t groups, const X* x, size_t x_stride, float* y, size_t y_stride);
 
 /** The tiles of one encoding: for one token, and for `width` tokens. */
 template <typename X>
@@ -108,37 +116,55 @@ struct Tiles {
   Tile<X> rows2_wide, rows1_wide;
 };
 
+/** All rows of a list for one token. */
+template <typename X>
+void dot_list(const Tiles<X>& tiles, const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups,
+              const X* x, float* y) {
+  for (size_t r = 0; r < row_count;) {
+    const size_t left = row_count - r;
+    const size_t step = left >= 4 ? 4 : 1;
+    (step == 4 ? tiles.rows4 : tiles.rows1)({rows + r, scales_offset, left - step}, groups, x, 0, y + r, 0);
+    r += step;
+  }
+}
+
 /** A few rows stay in the second-level cache while the tokens pass; a few tokens in the first while these rows pass. */
 template <typename X>
 void matmul(const Tiles<X>& tiles, Rows rows, size_t row_count, size_t groups, const X* x, size_t x_stride, size_t tokens,
             float* y, size_t y_stride) {
-  constexpr size_t rows_together = 16;
+  constexpr size_t rows_together = 16, rows_ahead = 4;
+  const size_t scales_offset = reinterpret_cast<uintptr_t>(rows.scales) - reinterpret_cast<uintptr_t>(rows.weights);
   for (size_t begin = 0; begin < row_count; begin += rows_together) {
-    const size_t end = row_count - begin < rows_together ? row_count : begin + rows_together;
+    const size_t left = row_count - begin;
+    const size_t count = left < rows_together ? left : rows_together;
+    const size_t listed = left < rows_together + rows_ahead ? left : rows_together + rows_ahead;
+    const uint8_t* list[rows_together + rows_ahead];
+    for (size_t r = 0; r < listed; r++) list[r] = rows.weights + (begin + r) * rows.stride;
     for (size_t t = 0; t < tokens;) {
       const bool wide = tokens - t >= tiles.width;
-      const size_t step = wide ? 2 : 4;
-      for (size_t r = begin; r < end;) {
-        const bool whole = end - r >= step;
-        const bool more = tokens == 1 && row_count - r >= 2 * step;
-        const Rows here{rows.weights + r * rows.stride, rows.scales + r * rows.stride, rows.stride};
-        const Tile<X> tile = wide ? (whole ? tiles.rows2_wide : tiles.rows1_wide) : (whole ? tiles.rows4 : tiles.rows1);
-        tile(here, groups, x + t * x_stride, x_stride, y + t * y_stride + r, y_stride, more);
-        r += whole ? step : 1;
+      for (size_t r = 0; r < count;) {
+        const size_t step = wide ? (count - r >= 2 ? 2 : 1) : (count - r >= 4 ? 4 : 1);
+        const Tile<X> tile =
+            wide ? (step == 2 ? tiles.rows2_wide : tiles.rows1_wide) : (step == 4 ? tiles.rows4 : tiles.rows1);
+        const size_t following = tokens == 1 ? listed - r - step : 0;
+        tile({list + r, scales_offset, following}, groups, x + t * x_stride, x_stride, y + t * y_stride + begin + r,
+             y_stride);
+        r += step;
       }
       t += wide ? tiles.width : 1;
     }
   }
 }
 
-/** Fetches group g of the R rows behind these: rows are too short for the hardware to see where they lead. */
+/** Fetches group g of the next R rows: rows are too short for the hardware to see where they lead. */
 template <size_t R>
-INLINE void prefetch_rows(Rows rows, size_t g, size_t group_bytes) {
-  for (size_t r = R; r < 2 * R; r++) {
-    const uint8_t* weights = rows.weights + r * rows.stride + g * group_bytes;
+INLINE void prefetch_rows(RowList rows, size_t g, size_t group_bytes) {
+  for (size_t r = R; r < 2 * R && r < R + rows.following; r++) {
+    const uint8_t* weights = rows.weights[r] + g * group_bytes;
     for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(weights + line);
-    if (group_bytes != kF16GroupBytes && g % 4 == 0)
-      __builtin_prefetch(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+    if (group_bytes != kF16GroupBytes && g % 4 == 0) {
+      __builtin_prefetch(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes);
+    }
   }
 }
 
@@ -149,19 +175,19 @@ INLINE void prefetch_rows(Rows rows, size_t g, size_t group_bytes) {
  * widens.
  */
 template <size_t R, size_t T>
-void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_q4(RowList rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride) {
   const __m256i low_nibbles = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
     __m256i sums[R][T];
-    if (more) prefetch_rows<R>(rows, g, kQ4GroupBytes);
+    prefetch_rows<R>(rows, g, kQ4GroupBytes);
 #pragma GCC unroll 4
     for (size_t i = 0; i < 4; i++) {
       // Vector i is half i % 2 of line i / 2; its low nibbles meet line 2 (i / 2) of the activations, its high ones the
       // next.
       const size_t at = 128 * (i / 2) + 32 * (i % 2);
       for (size_t r = 0; r < R; r++) {
-        const __m256i w = load_bytes(rows.weights + r * rows.stride + g * kQ4GroupBytes + 32 * i);
+        const __m256i w = load_bytes(rows.weights[r] + g * kQ4GroupBytes + 32 * i);
         const __m256i low = _mm256_and_si256(w, low_nibbles);
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_nibbles);
         for (size_t t = 0; t < T; t++) {
@@ -173,7 +199,7 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
       }
     }
     for (size_t r = 0; r < R; r++) {
-      const __m256 scales = load_halves(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+      const __m256 scales = load_halves(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes);
       for (size_t t = 0; t < T; t++) {
         const QuantizedGroup& group = x[t * x_stride + g];
         const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(sums[r][t], ones), load_bytes(group.q4_offset));
@@ -190,16 +216,16 @@ void tile_q4(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
 /** The same for q8: the product of magnitudes |w| with x that took the sign of w. Pairs are at most 2 x 127 x 127 = 32258.
  */
 template <size_t R, size_t T>
-void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_q8(RowList rows, size_t groups, const QuantizedGroup* x, size_t x_stride, float* y, size_t y_stride) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 result[R][T] = {};
   for (size_t g = 0; g < groups; g++) {
     __m256i sums[R][T];
-    if (more) prefetch_rows<R>(rows, g, kQ8GroupBytes);
+    prefetch_rows<R>(rows, g, kQ8GroupBytes);
 #pragma GCC unroll 8
     for (size_t i = 0; i < 8; i++) {
       for (size_t r = 0; r < R; r++) {
-        const __m256i w = load_bytes(rows.weights + r * rows.stride + g * kQ8GroupBytes + 32 * i);
+        const __m256i w = load_bytes(rows.weights[r] + g * kQ8GroupBytes + 32 * i);
         const __m256i magnitudes = _mm256_abs_epi8(w);
         for (size_t t = 0; t < T; t++) {
           const __m256i values = _mm256_sign_epi8(load_bytes(x[t * x_stride + g].values + 32 * i), w);
@@ -209,7 +235,7 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
       }
     }
     for (size_t r = 0; r < R; r++) {
-      const __m256 scales = load_halves(rows.scales + r * rows.stride + g * kGroupScaleBytes);
+      const __m256 scales = load_halves(rows.weights[r] + rows.scales_offset + g * kGroupScaleBytes);
       for (size_t t = 0; t < T; t++) {
         const __m256 scale = _mm256_mul_ps(scales, _mm256_load_ps(x[t * x_stride + g].scales));
         result[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][t]), scale, result[r][t]);
@@ -221,16 +247,17 @@ void tile_q8(Rows rows, size_t groups, const QuantizedGroup* x, size_t x_stride,
   }
 }
 
+constexpr Tiles<QuantizedGroup> kTilesQ4{tile_q4<4, 1>, tile_q4<1, 1>, 4, tile_q4<2, 4>, tile_q4<1, 4>};
+constexpr Tiles<QuantizedGroup> kTilesQ8{tile_q8<4, 1>, tile_q8<1, 1>, 4, tile_q8<2, 4>, tile_q8<1, 4>};
+
 void matmul_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  constexpr Tiles<QuantizedGroup> tiles{tile_q4<4, 1>, tile_q4<1, 1>, 4, tile_q4<2, 4>, tile_q4<1, 4>};
-  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
+  matmul(kTilesQ4, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void matmul_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, size_t tokens, float* y,
                size_t y_stride) {
-  constexpr Tiles<QuantizedGroup> tiles{tile_q8<4, 1>, tile_q8<1, 1>, 4, tile_q8<2, 4>, tile_q8<1, 4>};
-  matmul(tiles, rows, row_count, groups, x, groups, tokens, y, y_stride);
+  matmul(kTilesQ8, rows, row_count, groups, x, groups, tokens, y, y_stride);
 }
 
 void dot_q4(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
@@ -241,19 +268,29 @@ void dot_q8(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x,
   matmul_q8(rows, row_count, groups, x, 1, y, 0);
 }
 
+void dot_list_q4(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  dot_list(kTilesQ4, rows, scales_offset, row_count, groups, x, y);
+}
+
+void dot_list_q8(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
+                 float* y) {
+  dot_list(kTilesQ8, rows, scales_offset, row_count, groups, x, y);
+}
+
 // -- Dot products of float activations --------------------------------------------------------------------------------
 
 /** Two partial sums for each (row, token), so that one row alone does not wait for each addition. */
 template <size_t R, size_t T>
-void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride, bool more) {
+void tile_f16(RowList rows, size_t groups, const float* x, size_t x_stride, float* y, size_t y_stride) {
   __m256 result[R][T][2] = {};
   for (size_t i = 0; i < groups * kGroup; i += 16) {
-    if (more && i % kGroup == 0) prefetch_rows<R>(rows, i / kGroup, kF16GroupBytes);
+    if (i % kGroup == 0) prefetch_rows<R>(rows, i / kGroup, kF16GroupBytes);
 #pragma GCC unroll 2
     for (size_t part = 0; part < 2; part++) {
       const size_t at = i + 8 * part;
       for (size_t r = 0; r < R; r++) {
-        const __m256 w = load_halves(rows.weights + r * rows.stride + 2 * at);
+        const __m256 w = load_halves(rows.weights[r] + 2 * at);
         for (size_t t = 0; t < T; t++) {
           result[r][t][part] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + t * x_stride + at), result[r][t][part]);
         }
@@ -265,14 +302,19 @@ void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, float* 
   }
 }
 
+constexpr Tiles<float> kTilesF16{tile_f16<4, 1>, tile_f16<1, 1>, 2, tile_f16<2, 2>, tile_f16<1, 2>};
+
 void matmul_f16(Rows rows, size_t row_count, size_t groups, const float* x, size_t x_stride, size_t tokens, float* y,
                 size_t y_stride) {
-  constexpr Tiles<float> tiles{tile_f16<4, 1>, tile_f16<1, 1>, 2, tile_f16<2, 2>, tile_f16<1, 2>};
-  matmul(tiles, rows, row_count, groups, x, x_stride, tokens, y, y_stride);
+  matmul(kTilesF16, rows, row_count, groups, x, x_stride, tokens, y, y_stride);
 }
 
 void dot_f16(Rows rows, size_t row_count, size_t groups, const float* x, float* y) {
   matmul_f16(rows, row_count, groups, x, 0, 1, y, 0);
+}
+
+void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
+  dot_list(kTilesF16, rows, 0, row_count, groups, x, y);
 }
 
 /** Row by row: these matrices (routers) are small. */
@@ -346,12 +388,14 @@ INLINE void store_tile(float* y, size_t tile, const __m256 (&acc)[8]) {
   }
 }
 
-/** A mask for each byte of a lane: that byte to the top, the others zero. */
-INLINE __m256i byte_to_top(int byte) {
-  const int zeros = static_cast<int>(0x80808080u & 0x00ffffffu);
-  return _mm256_add_epi32(_mm256_set1_epi32(zeros),
-                          _mm256_setr_epi32(byte << 24, (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24, byte << 24,
-                                            (byte + 4) << 24, (byte + 8) << 24, (byte + 12) << 24));
+/** Moves byte 0..3 of each 32-bit lane to the top, over zeros. */
+INLINE __m256i byte_to_top(__m256i bytes, int byte) {
+  if (byte == 0) return _mm256_slli_epi32(bytes, 24);
+  if (byte == 3) return _mm256_and_si256(bytes, _mm256_set1_epi32(static_cast<int>(0xff000000u)));
+  const int zeros = -128;
+  const __m128i from = _mm_setr_epi8(zeros, zeros, zeros, byte, zeros, zeros, zeros, byte + 4, zeros, zeros, zeros, byte + 8,
+                                     zeros, zeros, zeros, byte + 12);
+  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(from));
 }
 
 /** The bytes of a tile's weights: those of outputs 0..3 of each block and those of outputs 4..7. */
@@ -370,9 +414,7 @@ INLINE TileBytes load_weights(const uint8_t* group, size_t tile) {
 }
 
 /** Weight k (0..7) of each block as a float, times 2^28 (q4) or 2^24 (q8). */
-INLINE __m256 unpack(const TileBytes& bytes, int k) {
-  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes.half[k / 4], byte_to_top(k % 4)));
-}
+INLINE __m256 unpack(const TileBytes& bytes, int k) { return _mm256_cvtepi32_ps(byte_to_top(bytes.half[k / 4], k % 4)); }
 
 /** factor * scale of each block, times the power of two that `unpack` left. */
 template <bool q4>
@@ -612,20 +654,6 @@ void half_to_float(const uint16_t* in, size_t n, float* out) {
   size_t i = 0;
   for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_halves(in + i));
   for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
-}
-
-void dot_list_q4(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
-                 float* y) {
-  for (size_t r = 0; r < row_count; r++) dot_q4({rows[r], rows[r] + scales_offset, 0}, 1, groups, x, y + r);
-}
-
-void dot_list_q8(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
-                 float* y) {
-  for (size_t r = 0; r < row_count; r++) dot_q8({rows[r], rows[r] + scales_offset, 0}, 1, groups, x, y + r);
-}
-
-void dot_list_f16(const uint8_t* const* rows, size_t row_count, size_t groups, const float* x, float* y) {
-  for (size_t r = 0; r < row_count; r++) dot_f16({rows[r], nullptr, 0}, 1, groups, x, y + r);
 }
 
 constexpr Kernels kTable{

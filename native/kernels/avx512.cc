@@ -268,18 +268,27 @@ void quantize(const float* x, size_t n, QuantizedGroup* out) {
       const __mmask16 high = tail_mask(count < 16 ? 0 : count - 16);
       const __m512 x0 = count > 0 ? _mm512_maskz_loadu_ps(low, x + first) : _mm512_setzero_ps();
       const __m512 x1 = count > 16 ? _mm512_maskz_loadu_ps(high, x + first + 16) : _mm512_setzero_ps();
-      const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      const __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(x0, _mm512_set1_ps(inverse)));
-      const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, _mm512_set1_ps(inverse)));
+      // Magnitudes compare as integers, with infinities and NaNs greatest.
+      const __m512i bits0 = _mm512_castps_si512(_mm512_abs_ps(x0));
+      const __m512i bits1 = _mm512_castps_si512(_mm512_abs_ps(x1));
+      const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(bits0, bits1));
+      float largest;
+      std::memcpy(&largest, &bits, sizeof largest);
+      const bool finite = bits < 0x7f800000;
+      const float inverse = 127.0f / largest;
+      const bool zero = !finite || inverse > 3.402823466e38f;
+      const float scale = !finite ? __builtin_nanf("") : zero ? 0.0f : largest / 127.0f;
+      const __mmask16 kept = zero ? 0 : 0xffff;
+      const __m512i q0 = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(x0, _mm512_set1_ps(inverse)));
+      const __m512i q1 = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(x1, _mm512_set1_ps(inverse)));
       alignas(32) int8_t values[kBlock];
       _mm_store_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtsepi32_epi8(q0));
       _mm_store_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtsepi32_epi8(q1));
       for (size_t e = 0; e < kBlock; e += 4) std::memcpy(group.values + q8_byte(block, e), values + e, 4);
       group.q4_offset[block] = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(q0, q1));
       group.q4_offset[block + 8] = 0;
-      group.scales[block] = largest / 127.0f;
-      group.scales[block + 8] = largest / 127.0f;
+      group.scales[block] = scale;
+      group.scales[block + 8] = scale;
     }
   }
 }

@@ -5,6 +5,7 @@ import { formatBytes, parseBytes } from '../base/bytes.js';
 import { formatDuration } from '../base/duration.js';
 import { QUANTIZATIONS, type QuantizationName } from '../format/manifest.js';
 import type { ProgressView } from '../ui/progress-view.js';
+import { withInterrupt, writeJson } from './output.js';
 
 interface Options {
   output?: string;
@@ -21,6 +22,7 @@ const DEFAULT_MAX_RAM = '2G';
 const LINE_INTERVAL_MS = 5000;
 const JSON_INTERVAL_MS = 1000;
 const VIEW_INTERVAL_MS = 100;
+const LEAST_VIEW_COLUMNS = 40;
 /** Names shown of the tensors that were left out. */
 const IGNORED_SHOWN = 3;
 
@@ -64,33 +66,34 @@ Examples:
 }
 
 async function runConvert(checkpoint: string, options: Options): Promise<void> {
-  const interrupt = new AbortController();
-  const stop = () => interrupt.abort();
-  // Once: a second Ctrl-C ends the process at once, which a conversion survives as well.
-  process.once('SIGINT', stop);
-  process.once('SIGTERM', stop);
-  const log = options.json ? new JsonLog() : process.stderr.isTTY ? await TerminalLog.open() : new LineLog();
+  const log = options.json ? new JsonLog() : canShowView() ? await TerminalLog.open() : new LineLog();
+  // Past a limit on file sizes a write fails and sends this signal, which Ink's exit hook would take for the end.
+  process.on('SIGXFSZ', ignore);
   try {
-    const result = await convert(
-      {
-        checkpoint,
-        output: options.output,
-        quantization: options.quant,
-        maxMemoryBytes: options.maxRam,
-        force: options.force ?? false,
-      },
-      (event) => (event.type === 'note' ? log.note(event.text) : log.progress(event)),
-      interrupt.signal,
-    );
+    const request = {
+      checkpoint,
+      output: options.output,
+      quantization: options.quant,
+      maxMemoryBytes: options.maxRam,
+      force: options.force ?? false,
+    };
+    const onEvent = (event: ConvertEvent) => (event.type === 'note' ? log.note(event.text) : log.progress(event));
+    const result = await withInterrupt((signal) => convert(request, onEvent, signal));
     log.close();
-    if (options.json) printJson(resultObject(result));
+    if (options.json) await writeJson(resultObject(result));
     else process.stderr.write(`${describe(result).join('\n')}\n`);
   } finally {
     log.close();
-    process.off('SIGINT', stop);
-    process.off('SIGTERM', stop);
+    process.off('SIGXFSZ', ignore);
   }
 }
+
+/** A terminal with room for a line; one that says it has no rows (a pty that nobody sized) would be cleared at each frame. */
+function canShowView(): boolean {
+  return process.stderr.isTTY === true && process.stderr.rows > 2 && process.stderr.columns >= LEAST_VIEW_COLUMNS;
+}
+
+function ignore(): void {}
 
 /** Tells of a conversion that runs. `close` may be called twice. */
 interface Log {
@@ -192,8 +195,9 @@ class JsonLog implements Log {
   close(): void {}
 }
 
+/** Progress that nobody reads any more is no reason to stop. */
 function printJson(value: object): void {
-  process.stdout.write(`${JSON.stringify(value)}\n`);
+  writeJson(value).catch(ignore);
 }
 
 function resultObject(result: ConvertResult): object {
