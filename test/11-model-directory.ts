@@ -55,7 +55,11 @@ t.test('what is not a model directory is refused in words', async (t) => {
   await rejects('none.pi2', { code: 'E_FILE', message: /no such file/ });
   await rejects('file', { code: 'E_MODEL', message: /not a model directory/ });
   await rejects('empty.pi2', { code: 'E_MODEL', message: /no model\.json/, hint: /converted first/ });
-  await rejects('a.pi2.partial', { code: 'E_MODEL', message: /conversion of .*a\.pi2 is unfinished/, hint: /continues/ });
+  await rejects('a.pi2.partial', {
+    code: 'E_MODEL',
+    message: /conversion of .*a\.pi2 is unfinished/,
+    hint: /continues/,
+  });
   await rejects('a.pi2.partial/', { code: 'E_MODEL', message: /is unfinished/ });
   await rejects('a.pi2', { code: 'E_MODEL', message: /is unfinished/ });
 });
