@@ -1,6 +1,6 @@
-import { readFileSync } from 'node:fs';
 import os from 'node:os';
 import { formatBytes } from '../base/bytes.js';
+import { peakMemoryBytes } from '../base/memory.js';
 import type { EngineCounters } from '../engine/contract.js';
 import type { Engine } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
@@ -123,15 +123,4 @@ export function formatRunReport(report: RunReport): string {
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
-}
-
-/** The most memory this process ever held. The kernel's own mark where there is one: getrusage may count the parent's. */
-export function peakMemoryBytes(): number {
-  try {
-    const kibibytes = readFileSync('/proc/self/status', 'utf8').match(/^VmHWM:\s+(\d+) kB$/m)?.[1];
-    if (kibibytes !== undefined) return Number(kibibytes) * 1024;
-  } catch {
-    // No /proc: the portable figure below.
-  }
-  return process.resourceUsage().maxRSS * 1024;
 }
