@@ -59,6 +59,12 @@ size_t Ffn::chunks() const { return chunk_total(config_->neuron_count); }
 
 size_t Ffn::part_size() const { return part_room(config_->neuron_count); }
 
+/** A chunk is 64 neurons, so no two threads share a byte. */
+void Ffn::mark_fired(size_t t, size_t neuron) const {
+  uint8_t* bits = fired_bits_ + token_of(t) * fired_stride_ + expert_index_ * fired_bytes(config_->neuron_count);
+  bits[neuron / 8] = static_cast<uint8_t>(bits[neuron / 8] | (1u << (neuron % 8)));
+}
+
 bool Ffn::gate_fires(float gate) const {
   switch (config_->activation) {
     case ActivationKind::kSilu: return true;
@@ -80,7 +86,11 @@ float Ffn::activate(float gate, float up) const {
   return 0;
 }
 
-void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens, float* out, size_t out_stride) {
+void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens, float* out, size_t out_stride,
+                  uint8_t* fired_bits, size_t fired_stride) {
+  fired_bits_ = fired_bits;
+  fired_stride_ = fired_stride;
+  expert_index_ = 0;
   for (size_t t = 0; t < tokens; t++) std::memset(out + t * out_stride, 0, out_stride * sizeof(float));
   if (config_->expert_count == 1) {
     run_expert(layer.experts[0], layer, x, tokens, nullptr, out, out_stride);
@@ -100,6 +110,7 @@ void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens
       }
       if (count == 0) continue;
       std::memset(expert_out_, 0, count * stride * sizeof(float));
+      expert_index_ = e;
       run_expert(layer.experts[e], layer, routed_, count, token_shares_, expert_out_, stride);
       for (size_t i = 0; i < count; i++) {
         float* y = out + tokens_[i] * out_stride;
@@ -165,6 +176,7 @@ void Ffn::run_expert(const ExpertWeights& expert, const LayerWeights& layer, con
         const float up = expert.gate.exists() ? ups[t * kNeuronChunk + j] : 1.0f;
         const float value = gate_fires(gate) ? activate(gate, up) : 0.0f;
         fired += value != 0.0f;
+        if (fired_bits_ != nullptr && value != 0.0f) mark_fired(t, first + j);
         factors[t] = shares != nullptr ? shares[t] * value : value;
       }
     }
@@ -243,6 +255,7 @@ size_t Ffn::find_fired(const ExpertWeights& expert, const LayerWeights& layer, c
     if (value == 0.0f) continue;
     const Rows down = expert.down.rows_from(first + open[k]);
     columns[fired++] = {down.weights, down.scales, share * value};
+    if (fired_bits_ != nullptr) mark_fired(0, first + open[k]);
   }
   return fired;
 }

@@ -12,6 +12,9 @@ struct FfnCounters {
   uint64_t weight_bytes_read = 0;
 };
 
+/** Bytes of one token's fired bits of one expert. */
+constexpr size_t fired_bytes(size_t neurons) { return (neurons + 7) / 8; }
+
 /**
  * The FFN of one layer, dense or a mixture of experts, exact: every gate is computed, up rows and down columns only of
  * neurons that fire (paper section 1.1).
@@ -26,8 +29,13 @@ class Ffn {
   /** `routed`: room for the inputs of one expert's tokens. */
   void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch, Activations routed);
 
-  /** out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. */
-  void compute(const LayerWeights& weights, const Activations& x, size_t tokens, float* out, size_t out_stride);
+  /**
+   * out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. If `fired_bits`
+   * is not null, bit i of token t's bytes at fired_bits + t * fired_stride + expert * fired_bytes(neurons) is set for every
+   * neuron i that fired.
+   */
+  void compute(const LayerWeights& weights, const Activations& x, size_t tokens, float* out, size_t out_stride,
+               uint8_t* fired_bits, size_t fired_stride);
 
   const FfnCounters& counters() const { return counters_; }
 
@@ -43,6 +51,9 @@ class Ffn {
   void route(const LayerWeights& layer, const Activations& x, size_t tokens);
   size_t chunks() const;
   size_t part_size() const;
+  void mark_fired(size_t t, size_t neuron) const;
+  /** The batch's number of an expert's token t. */
+  size_t token_of(size_t t) const { return config_->expert_count == 1 ? t : tokens_[t]; }
   float activate(float gate, float up) const;
   bool gate_fires(float gate) const;
 
@@ -63,6 +74,9 @@ class Ffn {
   float* token_shares_ = nullptr;   // (batch): of one expert's tokens
   uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
   Activations routed_;
+  uint8_t* fired_bits_ = nullptr;  // of this layer, or null
+  size_t fired_stride_ = 0;
+  size_t expert_index_ = 0;
   FfnCounters counters_;
 };
 
