@@ -41,7 +41,8 @@ export async function decodedWeights(directory: string): Promise<Transform> {
       return part === 'down' ? transpose(vectors, h.neuron_count, h.hidden_size) : vectors;
     }
     const tensor = model.tensor(name);
-    if (!tensor || tensor.rows !== rows || tensor.columns !== columns) throw new Error(`no ${rows} x ${columns} ${name}`);
+    if (!tensor || tensor.rows !== rows || tensor.columns !== columns)
+      throw new Error(`no ${rows} x ${columns} ${name}`);
     const begin = model.tensorOffset(tensor);
     const encoding = tensor.encoding as Encoding;
     const bytes = rowBytes(encoding, columns);
@@ -53,7 +54,13 @@ export async function decodedWeights(directory: string): Promise<Transform> {
       scalesOffset: weightBytes(encoding, columns),
       scalesStride: bytes,
     };
-    return addon.decodeRows({ source: files.resident.subarray(begin, begin + tensor.bytes), rows, columns, encoding, placement });
+    return addon.decodeRows({
+      source: files.resident.subarray(begin, begin + tensor.bytes),
+      rows,
+      columns,
+      encoding,
+      placement,
+    });
   };
 }
 
