@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "native/base/carver.h"
+#include "native/engine/exponential.h"
 #include "native/engine/product.h"
 
 namespace pi2 {
@@ -51,15 +52,22 @@ bool Ffn::gate_fires(float gate) const {
   return true;
 }
 
-/** For neurons whose gate fires. */
-float Ffn::activate(float gate, float up) const {
+void Ffn::activate(const float* gates, const float* ups, size_t count, float* values) const {
+  const float threshold = config_->threshold;
   switch (config_->activation) {
-    case ActivationKind::kSilu: return gate / (1.0f + std::exp(-gate)) * up;
+    case ActivationKind::kSilu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] / (1.0f + exponential(-gates[j])) * ups[j];
+      return;
     case ActivationKind::kRelu:
-    case ActivationKind::kFatRelu: return gate * up;
-    case ActivationKind::kDRelu: return up > 0 ? gate * up : 0.0f;
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] > 0 ? gates[j] * ups[j] : 0.0f;
+      return;
+    case ActivationKind::kDRelu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] > 0 && ups[j] > 0 ? gates[j] * ups[j] : 0.0f;
+      return;
+    case ActivationKind::kFatRelu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] >= threshold ? gates[j] * ups[j] : 0.0f;
+      return;
   }
-  return 0;
 }
 
 void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens, float* out, size_t out_stride) {
@@ -137,19 +145,23 @@ void Ffn::run_expert(const ExpertWeights& expert, const LayerWeights& layer, con
     float* ups = gates + config_->batch_size * kNeuronChunk;
     multiply_rows(*kernels_, first_matrix, first, count, x, tokens, gates, kNeuronChunk);
     if (expert.gate.exists()) multiply_rows(*kernels_, expert.up, first, count, x, tokens, ups, kNeuronChunk);
+    if (!expert.gate.exists()) std::fill_n(ups, tokens * kNeuronChunk, 1.0f);
     uint32_t fired = 0;
-    for (size_t j = 0; j < count; j++) {
-      const float bias = layer.up_bias.exists() ? layer.up_bias.floats()[first + j] : 0.0f;
-      float* factors = factors_ + (first + j) * config_->batch_size;
-      for (size_t t = 0; t < tokens; t++) {
-        const float gate = gates[t * kNeuronChunk + j] + bias;
-        const float up = expert.gate.exists() ? ups[t * kNeuronChunk + j] : 1.0f;
-        const float value = gate_fires(gate) ? activate(gate, up) : 0.0f;
-        fired += value != 0.0f;
-        factors[t] = shares != nullptr ? value * shares[t] : value;
+    for (size_t t = 0; t < tokens; t++) {
+      float* values = gates + t * kNeuronChunk;
+      if (layer.up_bias.exists()) {
+        for (size_t j = 0; j < count; j++) values[j] += layer.up_bias.floats()[first + j];
       }
+      activate(values, ups + t * kNeuronChunk, count, values);
+      for (size_t j = 0; j < count; j++) fired += values[j] != 0.0f;
+      if (shares == nullptr) continue;
+      for (size_t j = 0; j < count; j++) values[j] *= shares[t];
     }
     fired_[chunk] = fired;
+    for (size_t j = 0; j < count; j++) {
+      float* factors = factors_ + (first + j) * config_->batch_size;
+      for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
+    }
   });
   for (size_t chunk = 0; chunk < neuron_chunks(neurons); chunk++) counters_.neurons_fired += fired_[chunk];
   counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
@@ -185,13 +197,14 @@ size_t Ffn::find_fired(const ExpertWeights& expert, const LayerWeights& layer, c
       case Encoding::kF32: std::abort();
     }
   }
+  for (size_t k = 0; k < open_count; k++) gates[k] = gates[open[k]];
+  activate(gates, ups, open_count, gates);
   Column* columns = columns_ + first;
   size_t fired = 0;
   for (size_t k = 0; k < open_count; k++) {
-    const float value = activate(gates[open[k]], ups[k]);
-    if (value == 0.0f) continue;
+    if (gates[k] == 0.0f) continue;
     const Rows down = expert.down.rows_from(first + open[k]);
-    columns[fired++] = {down.weights, down.scales, share * value};
+    columns[fired++] = {down.weights, down.scales, share * gates[k]};
   }
   return fired;
 }

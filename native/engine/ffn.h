@@ -37,8 +37,10 @@ class Ffn {
   size_t find_fired(const ExpertWeights& expert, const LayerWeights& layer, const Activations& x, float share, size_t first,
                     size_t count);
   void route(const LayerWeights& layer, const Activations& x, size_t tokens);
-  float activate(float gate, float up) const;
+  /** Whether a neuron with this product of its gate row can contribute at all. */
   bool gate_fires(float gate) const;
+  /** values[j] = what a neuron contributes for its gate and up products; 0 if it does not fire. `values` may be `gates`. */
+  void activate(const float* gates, const float* ups, size_t count, float* values) const;
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
