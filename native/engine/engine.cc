@@ -167,6 +167,7 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
+    attention_.begin(position + done, batch);
     for (size_t i = 0; i < config_.layer_count; i++) {
       run_layer(i, batch, position + done, fired_bits == nullptr ? nullptr : fired_bits + done * fired_bytes_per_token());
     }
