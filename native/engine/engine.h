@@ -13,6 +13,7 @@
 #include "native/base/thread_pool.h"
 #include "native/engine/attention.h"
 #include "native/engine/config.h"
+#include "native/engine/experts.h"
 #include "native/engine/ffn.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/weights.h"
@@ -37,9 +38,9 @@ class Engine {
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 
   /**
-   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps. `logits`
-   * gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons fired:
-   * fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
+   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons
+   * fired: fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
    */
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits);
 
@@ -58,7 +59,7 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  void run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
+  Status run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;
@@ -71,6 +72,7 @@ class Engine {
   float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
   Activations normed_;
   Attention attention_;
+  std::unique_ptr<Experts> experts_;
   Ffn ffn_;
   size_t filled_ = 0;  // positions in the KV cache
   uint64_t tokens_ = 0;

@@ -1,0 +1,53 @@
+#pragma once
+/** What resident and streamed experts share: how neurons are cut into chunks and parts, and what a neuron contributes. */
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "native/engine/config.h"
+
+namespace pi2 {
+
+/** Neurons that one thread takes at a time: the CPU's cluster (paper section 1.3). */
+inline constexpr size_t kNeuronChunk = 64;
+
+/**
+ * Parts of the down sum. Part p holds the neurons of every kParts-th chunk, is summed by one thread in ascending order, and
+ * parts are added in order. A column is read whole by one thread (DRAM dislikes halves), and a sum never depends on threads,
+ * batching or where a neuron was kept. More parts than threads on any phone, few enough that adding them up costs nothing.
+ */
+inline constexpr size_t kParts = 8;
+
+/** Tokens whose sums one thread keeps at a time. */
+inline constexpr size_t kTokenTile = 16;
+
+constexpr size_t chunk_total(size_t neurons) { return (neurons + kNeuronChunk - 1) / kNeuronChunk; }
+
+/** Room for the neurons of one part. */
+constexpr size_t part_room(size_t neurons) { return (chunk_total(neurons) + kParts - 1) / kParts * kNeuronChunk; }
+
+/** Bytes of one token's fired bits of one expert. */
+constexpr size_t fired_bytes(size_t neurons) { return (neurons + 7) / 8; }
+
+inline bool gate_fires(const EngineConfig& config, float gate) {
+  switch (config.activation) {
+    case ActivationKind::kSilu: return true;
+    case ActivationKind::kRelu:
+    case ActivationKind::kDRelu: return gate > 0;
+    case ActivationKind::kFatRelu: return gate >= config.threshold;
+  }
+  return true;
+}
+
+/** The contribution of a neuron whose gate fires; 0 if it does not fire after all. Without a gate, `up` is 1. */
+inline float activate(const EngineConfig& config, float gate, float up) {
+  switch (config.activation) {
+    case ActivationKind::kSilu: return gate / (1.0f + std::exp(-gate)) * up;
+    case ActivationKind::kRelu:
+    case ActivationKind::kFatRelu: return gate * up;
+    case ActivationKind::kDRelu: return up > 0 ? gate * up : 0.0f;
+  }
+  return 0;
+}
+
+}  // namespace pi2
