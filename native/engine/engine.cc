@@ -3,6 +3,7 @@
 #include "native/engine/norm.h"
 #include "native/engine/product.h"
 #include "native/engine/resident_experts.h"
+#include "native/engine/streamed_experts.h"
 #include "native/kernels/dispatch.h"
 #include "native/quantize/encode.h"
 
@@ -60,7 +61,7 @@ Status Engine::allocate() {
                           Activations::quantized_bytes(hidden, routed),
                           (Attention::scratch_bytes(config_) + 63) / 64 * 64,
                           (Ffn::scratch_bytes(config_) + 63) / 64 * 64,
-                          ResidentExperts::scratch_bytes(config_)};
+                          config_.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config_)};
   constexpr size_t kPieces = sizeof sizes / sizeof sizes[0];
   size_t total = 0;
   for (const size_t size : sizes) total += size;
@@ -81,7 +82,15 @@ Status Engine::allocate() {
   update_ = reinterpret_cast<float*>(pieces[1]);
   normed_ = activations(2, hidden);
   attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
-  experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, pieces[10]);
+  if (config_.stream.enabled()) {
+    std::unique_ptr<StreamedExperts> streamed;
+    status = StreamedExperts::open(config_, *kernels_, *pool_, &streamed);
+    if (!status.is_ok()) return status;
+    streamed_ = streamed.get();
+    experts_ = std::move(streamed);
+  } else {
+    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, pieces[10]);
+  }
   ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden));
   return status;
 }
@@ -167,6 +176,8 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     }
   }
   if (fired_bits != nullptr) std::fill_n(fired_bits, count * fired_bytes_per_token(), uint8_t{0});
+  // Whatever happens below, positions from here on no longer hold what they held.
+  filled_ = position;
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
@@ -195,9 +206,9 @@ EngineCounters Engine::counters() const {
           attention_.kv_bytes_read(),
           ffn.neurons_fired,
           ffn.neurons_seen,
-          weights_.bytes(),
+          weights_.bytes() + (streamed_ != nullptr ? streamed_->weight_bytes() : 0),
           cache_.bytes(),
-          scratch_.bytes()};
+          scratch_.bytes() + (streamed_ != nullptr ? streamed_->scratch_bytes() : 0)};
 }
 
 }  // namespace pi2

@@ -20,6 +20,8 @@
 
 namespace pi2 {
 
+class StreamedExperts;
+
 /** EngineCounters of src/engine/contract.ts. */
 struct EngineCounters {
   uint64_t tokens;
@@ -50,6 +52,8 @@ class Engine {
   }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
+  /** The experts, if they are streamed, else null. */
+  const StreamedExperts* streamed() const { return streamed_; }
 
  private:
   explicit Engine(EngineConfig config) : config_(std::move(config)) {}
@@ -73,6 +77,7 @@ class Engine {
   Activations normed_;
   Attention attention_;
   std::unique_ptr<Experts> experts_;
+  StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
   Ffn ffn_;
   size_t filled_ = 0;  // positions in the KV cache
   uint64_t tokens_ = 0;

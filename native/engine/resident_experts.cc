@@ -134,13 +134,7 @@ size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t co
   } else {
     const uint8_t* rows[kNeuronChunk];
     for (size_t k = 0; k < open_count; k++) rows[k] = expert.up.rows_from(first + open[k]).weights;
-    const size_t scales_offset = weight_bytes(expert.up.encoding, expert.up.columns);
-    switch (expert.up.encoding) {
-      case Encoding::kQ4: kernels_->dot_list_q4(rows, scales_offset, open_count, x.groups(), x.quantized(0), ups); break;
-      case Encoding::kQ8: kernels_->dot_list_q8(rows, scales_offset, open_count, x.groups(), x.quantized(0), ups); break;
-      case Encoding::kF16: kernels_->dot_list_f16(rows, open_count, x.groups(), x.token(0), ups); break;
-      case Encoding::kF32: std::abort();
-    }
+    multiply_list(*kernels_, expert.up.encoding, rows, open_count, x, ups);
   }
   Column* columns = columns_ + first;
   size_t fired = 0;
