@@ -10,6 +10,7 @@
 #include "native/addon/task.h"
 #include "native/base/bandwidth.h"
 #include "native/engine/engine.h"
+#include "native/engine/streamed_experts.h"
 #include "native/kernels/dispatch.h"
 
 namespace pi2 {
@@ -111,9 +112,10 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     const std::lock_guard<std::mutex> lock(shared_->lock);
     const EngineCounters c = shared_->engine->counters();
     Napi::Object object = Napi::Object::New(env);
-    const auto set = [&](const char* name, uint64_t value) {
-      object.Set(name, Napi::Number::New(env, static_cast<double>(value)));
+    const auto set_in = [&](Napi::Object& target, const char* name, uint64_t value) {
+      target.Set(name, Napi::Number::New(env, static_cast<double>(value)));
     };
+    const auto set = [&](const char* name, uint64_t value) { set_in(object, name, value); };
     set("tokens", c.tokens);
     set("weightBytesRead", c.weight_bytes_read);
     set("kvBytesRead", c.kv_bytes_read);
@@ -122,6 +124,19 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     set("weightBytes", c.weight_bytes);
     set("kvBytes", c.kv_bytes);
     set("scratchBytes", c.scratch_bytes);
+    if (const StreamedExperts* streamed = shared_->engine->streamed()) {
+      const StreamCounters& s = streamed->stream_counters();
+      Napi::Object stream = Napi::Object::New(env);
+      set_in(stream, "hotHits", s.hot_hits);
+      set_in(stream, "coldHits", s.cold_hits);
+      set_in(stream, "misses", s.misses);
+      set_in(stream, "reads", s.reads);
+      set_in(stream, "askedBytes", s.asked_bytes);
+      set_in(stream, "readBytes", s.read_bytes);
+      set_in(stream, "stallNs", s.stall_ns);
+      stream.Set("storage", Napi::String::New(env, streamed->storage()));
+      object.Set("stream", stream);
+    }
     return object;
   }
 
@@ -143,6 +158,33 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   /** The JavaScript thread's alone. */
   bool closed_ = false;
 };
+
+void read_stream(Fields& request, StreamConfig* stream) {
+  Fields fields(request.value("stream"));
+  const std::vector<double> gates = fields.numbers("residentGates");
+  const std::vector<double> hot = fields.numbers("hotNeurons");
+  const std::vector<double> cold = fields.numbers("coldSlots");
+  const auto size = [&](double value) {
+    if (!(value >= 0 && value <= 1e9)) fields.fail("residentGates, hotNeurons and coldSlots must be sizes");
+    return value >= 0 && value <= 1e9 ? static_cast<size_t>(value) : 0;
+  };
+  if (gates.empty() || gates.size() != hot.size() || gates.size() != cold.size()) {
+    fields.fail("residentGates, hotNeurons and coldSlots must have one entry a layer and expert");
+  } else {
+    for (size_t i = 0; i < gates.size(); i++) stream->banks.push_back({size(gates[i]), size(hot[i]), size(cold[i])});
+  }
+  stream->staging_bytes = fields.size("stagingBytes");
+  stream->lanes = fields.size("lanes");
+  const std::string mode = fields.text("mode");
+  const std::string backend = fields.text("backend");
+  if (mode != "direct" && mode != "buffered") fields.fail("mode must be direct or buffered");
+  if (backend != "threads" && backend != "uring") fields.fail("backend must be threads or uring");
+  if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
+  if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
+  stream->mode = mode == "direct" ? ReadMode::kDirect : ReadMode::kBuffered;
+  stream->backend = backend == "uring" ? ReadBackend::kUring : ReadBackend::kThreads;
+  if (!fields.status().is_ok()) request.fail("stream: " + fields.status().message());
+}
 
 EngineConfig read_config(Fields& fields) {
   EngineConfig config{};
@@ -217,6 +259,7 @@ EngineConfig read_config(Fields& fields) {
   config.threads = fields.size("threads");
   if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
   config.batch_size = fields.size("batchSize");
+  if (fields.has("stream")) read_stream(fields, &config.stream);
   return config;
 }
 

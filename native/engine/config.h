@@ -3,8 +3,10 @@
 #include <string>
 #include <vector>
 
+#include "native/cache/neuron_cache.h"
 #include "native/engine/bundle_layout.h"
 #include "native/kernels/encoding.h"
+#include "native/storage/reader.h"
 
 namespace pi2 {
 
@@ -31,6 +33,17 @@ struct TensorConfig {
   Encoding encoding;
   size_t rows;
   size_t columns;
+};
+
+/** How neurons are kept and read when not all of them fit in memory; StreamRequest of src/engine/contract.ts. */
+struct StreamConfig {
+  std::vector<BankPlan> banks;  // (layer, expert); empty: every neuron is resident
+  size_t staging_bytes = 0;     // of reads on their way and of bytes being computed, two halves
+  ReadMode mode = ReadMode::kDirect;
+  ReadBackend backend = ReadBackend::kThreads;
+  size_t lanes = 0;
+
+  bool enabled() const { return !banks.empty(); }
 };
 
 /** EngineRequest of src/engine/contract.ts. */
@@ -62,6 +75,7 @@ struct EngineConfig {
   size_t threads;
   std::string kernel_set;
   size_t batch_size;
+  StreamConfig stream;
 
   size_t query_size() const { return head_count * head_dim; }
   size_t kv_size() const { return kv_head_count * head_dim; }

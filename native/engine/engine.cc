@@ -2,6 +2,8 @@
 
 #include "native/engine/norm.h"
 #include "native/engine/product.h"
+#include "native/engine/resident_experts.h"
+#include "native/engine/streamed_experts.h"
 #include "native/kernels/dispatch.h"
 #include "native/quantize/encode.h"
 
@@ -59,7 +61,8 @@ Status Engine::allocate() {
                           Activations::float_bytes(hidden, routed),
                           Activations::quantized_bytes(hidden, routed),
                           (Attention::scratch_bytes(config_) + 63) / 64 * 64,
-                          (Ffn::scratch_bytes(config_) + 63) / 64 * 64};
+                          (Ffn::scratch_bytes(config_) + 63) / 64 * 64,
+                          config_.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config_)};
   constexpr size_t kPieces = sizeof sizes / sizeof sizes[0];
   size_t total = 0;
   for (const size_t size : sizes) total += size;
@@ -80,7 +83,16 @@ Status Engine::allocate() {
   update_ = reinterpret_cast<float*>(pieces[1]);
   normed_ = activations(2, hidden);
   attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
-  ffn_.bind(config_, *kernels_, *pool_, pieces[9], activations(6, hidden));
+  if (config_.stream.enabled()) {
+    std::unique_ptr<StreamedExperts> streamed;
+    status = StreamedExperts::open(config_, *kernels_, *pool_, &streamed);
+    if (!status.is_ok()) return status;
+    streamed_ = streamed.get();
+    experts_ = std::move(streamed);
+  } else {
+    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, pieces[10]);
+  }
+  ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden));
   return status;
 }
 
@@ -120,7 +132,7 @@ void Engine::add_update(size_t count) {
   }
 }
 
-void Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits) {
+Status Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
@@ -128,10 +140,11 @@ void Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* fir
   add_update(count);
   normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
   const size_t layer_bytes = config_.expert_count * fired_bytes(config_.neuron_count);
-  ffn_.compute(layer, normed_, count, update_, stride, fired_bits == nullptr ? nullptr : fired_bits + index * layer_bytes,
-               fired_bytes_per_token());
+  Status status = ffn_.compute(index, layer, normed_, count, update_, stride,
+                               fired_bits == nullptr ? nullptr : fired_bits + index * layer_bytes, fired_bytes_per_token());
   add_update(count);
   resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
+  return status;
 }
 
 void Engine::compute_logits(size_t first, size_t count, float* logits) {
@@ -164,12 +177,17 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     }
   }
   if (fired_bits != nullptr) std::fill_n(fired_bits, count * fired_bytes_per_token(), uint8_t{0});
+  // Whatever happens below, positions from here on no longer hold what they held.
+  filled_ = position;
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
     attention_.begin(position + done, batch);
+    uint8_t* bits = fired_bits == nullptr ? nullptr : fired_bits + done * fired_bytes_per_token();
     for (size_t i = 0; i < config_.layer_count; i++) {
-      run_layer(i, batch, position + done, fired_bits == nullptr ? nullptr : fired_bits + done * fired_bytes_per_token());
+      Status status = run_layer(i, batch, position + done, bits);
+      // The positions of this batch stay unfilled: the next step may begin there again.
+      if (!status.is_ok()) return status;
     }
     if (all) {
       compute_logits(0, batch, logits + done * config_.vocab_size);
@@ -184,15 +202,15 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
 }
 
 EngineCounters Engine::counters() const {
-  const FfnCounters& ffn = ffn_.counters();
+  const FfnCounters& ffn = experts_->counters();
   return {tokens_,
-          resident_bytes_read_ + ffn.weight_bytes_read,
+          resident_bytes_read_ + ffn_.router_bytes_read() + ffn.weight_bytes_read,
           attention_.kv_bytes_read(),
           ffn.neurons_fired,
           ffn.neurons_seen,
-          weights_.bytes(),
+          weights_.bytes() + (streamed_ != nullptr ? streamed_->weight_bytes() : 0),
           cache_.bytes(),
-          scratch_.bytes()};
+          scratch_.bytes() + (streamed_ != nullptr ? streamed_->scratch_bytes() : 0)};
 }
 
 }  // namespace pi2

@@ -13,11 +13,14 @@
 #include "native/base/thread_pool.h"
 #include "native/engine/attention.h"
 #include "native/engine/config.h"
+#include "native/engine/experts.h"
 #include "native/engine/ffn.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/weights.h"
 
 namespace pi2 {
+
+class StreamedExperts;
 
 /** EngineCounters of src/engine/contract.ts. */
 struct EngineCounters {
@@ -49,6 +52,8 @@ class Engine {
   }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
+  /** The experts, if they are streamed, else null. */
+  const StreamedExperts* streamed() const { return streamed_; }
 
  private:
   explicit Engine(EngineConfig config) : config_(std::move(config)) {}
@@ -58,7 +63,7 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  void run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
+  Status run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;
@@ -71,6 +76,8 @@ class Engine {
   float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
   Activations normed_;
   Attention attention_;
+  std::unique_ptr<Experts> experts_;
+  StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
   Ffn ffn_;
   size_t filled_ = 0;  // positions in the KV cache
   uint64_t tokens_ = 0;

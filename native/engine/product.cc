@@ -12,20 +12,35 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
     }
     return;
   }
-  const Rows rows = matrix.rows_from(first);
+  multiply(kernels, matrix.encoding, matrix.rows_from(first), count, x, tokens, y, y_stride);
+}
+
+void multiply(const Kernels& kernels, Encoding encoding, Rows rows, size_t count, const Activations& x, size_t tokens,
+              float* y, size_t y_stride) {
   const size_t groups = x.groups();
   if (tokens == 1) {
-    switch (matrix.encoding) {
+    switch (encoding) {
       case Encoding::kQ4: return kernels.dot_q4(rows, count, groups, x.quantized(0), y);
       case Encoding::kQ8: return kernels.dot_q8(rows, count, groups, x.quantized(0), y);
       case Encoding::kF16: return kernels.dot_f16(rows, count, groups, x.token(0), y);
       case Encoding::kF32: std::abort();
     }
   }
-  switch (matrix.encoding) {
+  switch (encoding) {
     case Encoding::kQ4: return kernels.matmul_q4(rows, count, groups, x.quantized(0), tokens, y, y_stride);
     case Encoding::kQ8: return kernels.matmul_q8(rows, count, groups, x.quantized(0), tokens, y, y_stride);
     case Encoding::kF16: return kernels.matmul_f16(rows, count, groups, x.token(0), x.stride(), tokens, y, y_stride);
+    case Encoding::kF32: std::abort();
+  }
+}
+
+void multiply_list(const Kernels& kernels, Encoding encoding, const uint8_t* const* rows, size_t count, const Activations& x,
+                   float* y) {
+  const size_t scales_offset = weight_bytes(encoding, x.length());
+  switch (encoding) {
+    case Encoding::kQ4: return kernels.dot_list_q4(rows, scales_offset, count, x.groups(), x.quantized(0), y);
+    case Encoding::kQ8: return kernels.dot_list_q8(rows, scales_offset, count, x.groups(), x.quantized(0), y);
+    case Encoding::kF16: return kernels.dot_list_f16(rows, count, x.groups(), x.token(0), y);
     case Encoding::kF32: std::abort();
   }
 }

@@ -12,6 +12,14 @@ inline constexpr size_t kRowChunk = 64;
 
 constexpr size_t chunk_count(size_t rows) { return (rows + kRowChunk - 1) / kRowChunk; }
 
+/** y[t * y_stride + r] = rows_r . x_t for `count` encoded rows (not f32) and `tokens` tokens. x holds both forms. */
+void multiply(const Kernels& kernels, Encoding encoding, Rows rows, size_t count, const Activations& x, size_t tokens,
+              float* y, size_t y_stride);
+
+/** y[r] = row r . x for one token and rows anywhere, each followed by its scales. */
+void multiply_list(const Kernels& kernels, Encoding encoding, const uint8_t* const* rows, size_t count, const Activations& x,
+                   float* y);
+
 /** y[t * y_stride + r] = row (first + r) . x_t, for `count` rows and `tokens` tokens. x holds both forms. */
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, size_t count, const Activations& x,
                    size_t tokens, float* y, size_t y_stride);

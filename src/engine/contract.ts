@@ -94,6 +94,38 @@ export interface NativeExtent {
   crc32: number;
 }
 
+/**
+ * How neurons are kept when not all of them are in memory; docs/ARCHITECTURE.md. Three numbers for each bank (layer and
+ * expert, layer-major): neurons whose gates stay in memory (a multiple of 64, or all), neurons whose up and down stay (the
+ * hottest, at most resident gates), and slots for others that come and go.
+ */
+export interface StreamRequest {
+  residentGates: number[];
+  hotNeurons: number[];
+  coldSlots: number[];
+  /** Memory for reads on their way and being computed. */
+  stagingBytes: number;
+  mode: 'direct' | 'buffered';
+  backend: 'threads' | 'uring';
+  /** Reads under way at once (threads). */
+  lanes: number;
+}
+
+/** What streaming cost since open; absent when all neurons are resident. */
+export interface StreamCounters {
+  hotHits: number;
+  coldHits: number;
+  misses: number;
+  reads: number;
+  /** Bytes of the neurons that were missing; bytes of the pages that were read for them. */
+  askedBytes: number;
+  readBytes: number;
+  /** Time that computing threads waited for reads, summed over threads. */
+  stallNs: number;
+  /** How bytes are really read, e.g. `direct, 4 threads`. */
+  storage: string;
+}
+
 export interface EngineRequest {
   residentPath: string;
   neuronsPath: string;
@@ -140,6 +172,8 @@ export interface EngineRequest {
   kernelSet?: KernelSet;
   /** Most tokens computed together in a step; longer steps are cut into pieces of it. */
   batchSize: number;
+  /** Absent: every neuron is resident. */
+  stream?: StreamRequest;
 }
 
 export interface StepRequest {
@@ -168,6 +202,7 @@ export interface EngineCounters {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  stream?: StreamCounters;
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */

@@ -1,0 +1,104 @@
+#pragma once
+/**
+ * The neuron cache (paper section 1.5): which parts of which neurons are in memory. A bank is one expert of one layer; its
+ * neurons are in heat order. The byte budget is decided at open and never exceeded; nothing is allocated afterwards.
+ *
+ *   gates  part 1 (gate weights and all scales) of neurons 0 .. resident_gates, always there: exact mode needs every gate.
+ *   hot    up and down rows of neurons 0 .. hot_neurons, always there: the hottest by profile, one run of memory.
+ *   cold   up and down rows of any other neuron, in slots of one size, by neuron.
+ *
+ * Up and down rows are kept as kernels want them, weights and scales together, without the padding of flash.
+ *
+ * Life of a cold slot: free -> filling (admit: it has a neuron, nobody finds it) -> kept (commit: find returns it) ->
+ * filling for another neuron, or free again (abandon, after a failed read). A slot whose neuron was used in the current tick
+ * is never taken away, so pointers that `rows` returned stay good until the bank's next tick.
+ *
+ * Policy: frequency with aging. A use adds 1 to a neuron's score, which halves every kHalfLife ticks of its bank. A new
+ * neuron takes the least scored of a few sampled slots, and only if its own score is higher: recency alone loses to
+ * frequency on traces of real models. Each bank has its own slots, so one layer cannot flush the next (the cliff of a global
+ * LRU).
+ *
+ * Threads: `touch` may run on several threads for distinct neurons; everything else on the planning thread, between regions.
+ */
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "native/base/memory.h"
+#include "native/base/status.h"
+
+namespace pi2 {
+
+/** How much of a bank is kept. resident_gates is a multiple of a chunk or all neurons. */
+struct BankPlan {
+  size_t resident_gates = 0;
+  size_t hot_neurons = 0;
+  size_t cold_slots = 0;
+};
+
+class NeuronCache {
+ public:
+  static constexpr int32_t kNoSlot = -1;
+
+  Status allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes);
+
+  const BankPlan& plan(size_t bank) const { return banks_[bank].plan; }
+  /** Memory of a resident gate, to read or (while loading) to fill; null if the neuron has none. */
+  uint8_t* part1(size_t bank, size_t neuron) const {
+    const Bank& b = banks_[bank];
+    return neuron < b.plan.resident_gates ? b.gates + neuron * part1_bytes_ : nullptr;
+  }
+  /** Memory of a hot neuron's rows, to fill while loading; null if it is not hot. */
+  uint8_t* hot_rows(size_t bank, size_t neuron) const {
+    const Bank& b = banks_[bank];
+    return neuron < b.plan.hot_neurons ? b.hot + neuron * slot_bytes_ : nullptr;
+  }
+  /** Up and down rows wherever they are kept, or null. */
+  const uint8_t* rows(size_t bank, size_t neuron) const {
+    const Bank& b = banks_[bank];
+    if (neuron < b.plan.hot_neurons) return b.hot + neuron * slot_bytes_;
+    const int32_t slot = b.slot_of[neuron];
+    return slot == kNoSlot ? nullptr : b.cold + static_cast<size_t>(slot) * slot_bytes_;
+  }
+
+  /** A new token (or batch) reaches the bank. */
+  void begin_tick(size_t bank) { banks_[bank].tick++; }
+  /** The neuron is used in this tick. */
+  void touch(size_t bank, size_t neuron);
+  /** A slot for a neuron that is being read, or kNoSlot if it is not worth one. */
+  int32_t admit(size_t bank, size_t neuron);
+  uint8_t* slot(size_t bank, int32_t slot) const { return banks_[bank].cold + static_cast<size_t>(slot) * slot_bytes_; }
+  /** The slot's bytes are there: the neuron is found from now on. */
+  void commit(size_t bank, size_t neuron, int32_t slot);
+  /** The slot's bytes will not come. */
+  void abandon(size_t bank, int32_t slot);
+
+  /** Bytes of weights and of bookkeeping, fixed at `allocate`. */
+  size_t bytes() const { return memory_.bytes() + records_.bytes(); }
+  static size_t bytes_needed(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes);
+
+ private:
+  struct Bank {
+    BankPlan plan;
+    uint8_t* gates;
+    uint8_t* hot;
+    uint8_t* cold;
+    float* score;        // (neuron), as of `used`
+    uint32_t* used;      // (neuron): last tick it was touched in
+    int32_t* slot_of;    // (neuron)
+    int32_t* neuron_of;  // (slot); kNoSlot if free
+    size_t free_from;    // slots below it have been given out at least once
+    uint32_t tick;
+    uint64_t random;
+  };
+
+  static float score_now(const Bank& bank, size_t neuron);
+
+  size_t part1_bytes_ = 0;
+  size_t slot_bytes_ = 0;
+  HugeMemory memory_;
+  HugeMemory records_;
+  std::vector<Bank> banks_;
+};
+
+}  // namespace pi2

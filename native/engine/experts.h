@@ -1,0 +1,60 @@
+#pragma once
+#include "native/base/status.h"
+#include "native/engine/activations.h"
+#include "native/engine/neurons.h"
+#include "native/engine/weights.h"
+
+namespace pi2 {
+
+/** What the FFN did since open. Routed experts only. Bytes. */
+struct FfnCounters {
+  uint64_t neurons_seen = 0;
+  uint64_t neurons_fired = 0;
+  uint64_t weight_bytes_read = 0;
+};
+
+/** Where a job notes which neurons fired; a null base notes nothing. */
+struct FiredBits {
+  uint8_t* base = nullptr;           // of this layer and expert, token 0
+  size_t stride = 0;                 // from token to token
+  const uint32_t* tokens = nullptr;  // the batch's numbers of the job's tokens, or null if they are the same
+
+  bool wanted() const { return base != nullptr; }
+  /** A chunk is 64 neurons, so no two threads share a byte. */
+  void mark(size_t t, size_t neuron) const {
+    uint8_t& byte = base[(tokens == nullptr ? t : tokens[t]) * stride + neuron / 8];
+    byte = static_cast<uint8_t>(byte | (1u << (neuron % 8)));
+  }
+};
+
+/** The tokens of a batch that one expert computes. */
+struct ExpertJob {
+  size_t layer_index;
+  size_t expert_index;
+  const LayerWeights& layer;
+  const Activations& x;  // both forms filled
+  size_t tokens;
+  const float* shares;  // routing weight of each token; null: all 1
+  float* out;           // (token, padded hidden), zeroed; natural order when done
+  size_t out_stride;
+  FiredBits fired;
+
+  float share(size_t t) const { return shares != nullptr ? shares[t] : 1.0f; }
+};
+
+/**
+ * Computes experts exactly: every gate, and up rows and down columns only of neurons that fire (paper section 1.1). A dense
+ * FFN is one expert. Implementations differ in where neurons are kept, never in a single bit of the result.
+ */
+class Experts {
+ public:
+  virtual ~Experts() = default;
+  /** Fails only on I/O; then the job's output is not to be used. */
+  virtual Status run(const ExpertJob& job) = 0;
+  const FfnCounters& counters() const { return counters_; }
+
+ protected:
+  FfnCounters counters_;
+};
+
+}  // namespace pi2

@@ -1,0 +1,58 @@
+#pragma once
+/** Reading of whole extents at open: sequential, on all threads, checksums compared. */
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "native/base/crc32.h"
+#include "native/base/status.h"
+#include "native/base/threads.h"
+#include "native/engine/config.h"
+#include "native/storage/file.h"
+
+namespace pi2 {
+
+/** Bytes of one read while loading: long enough for sequential speed, short enough for a bounce buffer a thread. */
+inline constexpr size_t kLoadBytes = size_t{4} << 20;
+
+/** Keeps the first failure of several threads. */
+class FirstFailure {
+ public:
+  void meet(Status status) {
+    if (status.is_ok()) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (status_.is_ok()) status_ = std::move(status);
+    failed_.store(true, std::memory_order_relaxed);
+  }
+  bool any() const { return failed_.load(std::memory_order_relaxed); }
+  /** Once all threads are done. */
+  Status take() { return std::move(status_); }
+
+ private:
+  std::mutex mutex_;
+  Status status_;
+  std::atomic<bool> failed_{false};
+};
+
+/** Fails, naming the extent, unless `sum` is its checksum. */
+Status compare_checksum(const ExtentConfig& extent, uint32_t sum);
+
+/** Runs load(index of the extent) on every extent of one file, on all threads. */
+Status load_extents(const EngineConfig& config, bool neurons, const std::function<Status(size_t index)>& load);
+
+/** Whether a file holds every extent of its own, each of them once. */
+Status check_extents(const EngineConfig& config, bool neurons, const File& file);
+
+/** Whether bundle layout, experts' offsets and neurons.bin fit the model's shape: no more is allocated than the file has. */
+Status check_neurons(const EngineConfig& config);
+
+/** Takes one bundle apart: FORMAT.md section 4 to two or three rows of weights and scales; null rows are left out. */
+void unpack_bundle(const EngineConfig& config, const uint8_t* part1, const uint8_t* part2, uint8_t* const rows[3]);
+
+/** Reads neurons.bin and hands out every bundle once; from several threads, each its own bundles. */
+Status load_bundles(const EngineConfig& config,
+                    const std::function<void(size_t bank, size_t neuron, const uint8_t* part1, const uint8_t* part2)>& take);
+
+}  // namespace pi2

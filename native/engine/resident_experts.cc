@@ -1,0 +1,195 @@
+#include "native/engine/resident_experts.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "native/base/carver.h"
+#include "native/engine/product.h"
+
+namespace pi2 {
+
+size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
+  Carver carver(scratch);
+  const size_t batch = config.batch_size;
+  factors_ = carver.take<float>(config.neuron_count * batch);
+  tiles_ = carver.take<float>(config.threads * 2 * batch * kNeuronChunk);
+  columns_ = carver.take<Column>(chunk_total(config.neuron_count) * kNeuronChunk);
+  part_columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
+  neurons_ = carver.take<uint32_t>(kParts * part_room(config.neuron_count));
+  fired_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
+  part_sums_ = carver.take<float>(kParts * kGroup * group_count(config.hidden_size));
+  tile_sums_ = carver.take<float>(config.threads * kTokenTile * kGroup);
+  return carver.used();
+}
+
+size_t ResidentExperts::scratch_bytes(const EngineConfig& config) { return ResidentExperts().carve(config, nullptr); }
+
+ResidentExperts::ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch)
+    : config_(&config), kernels_(&kernels), pool_(&pool) {
+  carve(config, scratch);
+}
+
+size_t ResidentExperts::chunks() const { return chunk_total(config_->neuron_count); }
+
+size_t ResidentExperts::part_size() const { return part_room(config_->neuron_count); }
+
+Status ResidentExperts::run(const ExpertJob& job) {
+  counters_.neurons_seen += config_->neuron_count * job.tokens;
+  if (job.tokens == 1) {
+    run_one(job);
+  } else {
+    run_batch(job);
+  }
+  return Status::ok();
+}
+
+void ResidentExperts::run_batch(const ExpertJob& job) {
+  const ExpertWeights& expert = job.layer.experts[job.expert_index];
+  const LayerWeights& layer = job.layer;
+  const Activations& x = job.x;
+  const size_t tokens = job.tokens;
+  const size_t neurons = config_->neuron_count;
+  const size_t batch = config_->batch_size;
+  const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
+  pool_->run(chunks(), [&](size_t chunk, size_t thread) {
+    const size_t first = chunk * kNeuronChunk;
+    const size_t count = std::min(kNeuronChunk, neurons - first);
+    float* gates = tiles_ + thread * 2 * batch * kNeuronChunk;  // (token, neuron of the chunk)
+    float* ups = gates + batch * kNeuronChunk;
+    multiply_rows(*kernels_, first_matrix, first, count, x, tokens, gates, kNeuronChunk);
+    if (expert.gate.exists()) {
+      multiply_rows(*kernels_, expert.up, first, count, x, tokens, ups, kNeuronChunk);
+    } else {
+      std::fill_n(ups, tokens * kNeuronChunk, 1.0f);
+    }
+    uint32_t fired = 0;
+    for (size_t t = 0; t < tokens; t++) {
+      float* values = gates + t * kNeuronChunk;
+      if (layer.up_bias.exists()) {
+        for (size_t j = 0; j < count; j++) values[j] += layer.up_bias.floats()[first + j];
+      }
+      activate(*config_, values, ups + t * kNeuronChunk, count, values);
+      for (size_t j = 0; j < count; j++) fired += values[j] != 0.0f;
+      for (size_t j = 0; job.fired.wanted() && j < count; j++) {
+        if (values[j] != 0.0f) job.fired.mark(t, first + j);
+      }
+      for (size_t j = 0; job.shares != nullptr && j < count; j++) values[j] *= job.shares[t];
+    }
+    fired_[chunk] = fired;
+    for (size_t j = 0; j < count; j++) {
+      float* factors = factors_ + (first + j) * batch;
+      for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
+    }
+  });
+  // Which neurons each part adds: those that fired for any token.
+  size_t part_counts[kParts] = {};
+  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+    counters_.neurons_fired += fired_[chunk];
+    if (fired_[chunk] == 0) continue;
+    const size_t part = chunk % kParts;
+    const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
+    for (size_t i = chunk * kNeuronChunk; i < end; i++) {
+      const float* factors = factors_ + i * batch;
+      bool used = false;
+      for (size_t t = 0; t < tokens && !used; t++) used = factors[t] != 0.0f;
+      if (used) neurons_[part * part_size() + part_counts[part]++] = static_cast<uint32_t>(i);
+    }
+  }
+  counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
+
+  const size_t groups = group_count(config_->hidden_size);
+  const size_t tiles = (tokens + kTokenTile - 1) / kTokenTile;
+  pool_->run(groups * tiles, [&](size_t task, size_t thread) {
+    const size_t group = task / tiles;
+    const size_t first = task % tiles * kTokenTile;
+    const size_t count = std::min(kTokenTile, tokens - first);
+    float* sums = tile_sums_ + thread * kTokenTile * kGroup;  // (token of the tile, output of the group)
+    for (size_t part = 0; part < kParts; part++) {
+      std::memset(sums, 0, count * kGroup * sizeof(float));
+      const ColumnList list{expert.down.rows_from(0), neurons_ + part * part_size(), part_counts[part], factors_ + first,
+                            batch};
+      add_columns(*kernels_, expert.down.encoding, list, group, count, sums, kGroup);
+      for (size_t t = 0; t < count; t++) {
+        float* y = job.out + (first + t) * job.out_stride + group * kGroup;
+        for (size_t i = 0; i < kGroup; i++) y[i] += sums[t * kGroup + i];
+      }
+    }
+    for (size_t t = 0; t < count; t++) {
+      kernels_->to_natural_order(expert.down.encoding, job.out + (first + t) * job.out_stride + group * kGroup, 1);
+    }
+  });
+}
+
+/** Fills columns_ with the chunk's neurons that fire, in order, and returns how many; counts the up rows read. */
+size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count) {
+  const ExpertWeights& expert = job.layer.experts[job.expert_index];
+  const LayerWeights& layer = job.layer;
+  const Activations& x = job.x;
+  float gates[kNeuronChunk];
+  float ups[kNeuronChunk];
+  uint32_t open[kNeuronChunk];  // neurons of the chunk whose gate fires
+  size_t open_count = 0;
+  multiply_rows(*kernels_, expert.gate.exists() ? expert.gate : expert.up, first, count, x, 1, gates, 0);
+  for (size_t j = 0; j < count; j++) {
+    if (layer.up_bias.exists()) gates[j] += layer.up_bias.floats()[first + j];
+    if (gate_fires(*config_, gates[j])) open[open_count++] = static_cast<uint32_t>(j);
+  }
+  if (!expert.gate.exists()) {
+    for (size_t k = 0; k < open_count; k++) ups[k] = 1.0f;
+  } else if (open_count == count) {
+    multiply_rows(*kernels_, expert.up, first, count, x, 1, ups, 0);
+  } else {
+    const uint8_t* rows[kNeuronChunk];
+    for (size_t k = 0; k < open_count; k++) rows[k] = expert.up.rows_from(first + open[k]).weights;
+    multiply_list(*kernels_, expert.up.encoding, rows, open_count, x, ups);
+  }
+  for (size_t k = 0; k < open_count; k++) gates[k] = gates[open[k]];
+  activate(*config_, gates, ups, open_count, gates);
+  Column* columns = columns_ + first;
+  size_t fired = 0;
+  for (size_t k = 0; k < open_count; k++) {
+    if (gates[k] == 0.0f) continue;
+    const Rows down = expert.down.rows_from(first + open[k]);
+    columns[fired++] = {down.weights, down.scales, job.share(0) * gates[k]};
+    if (job.fired.wanted()) job.fired.mark(0, first + open[k]);
+  }
+  return fired;
+}
+
+/** Sums the fired neurons of every kParts-th chunk into part_sums_. */
+void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
+  Column* columns = part_columns_ + part * part_size();
+  size_t count = 0;
+  for (size_t chunk = part; chunk < chunks(); chunk += kParts) {
+    std::copy_n(columns_ + chunk * kNeuronChunk, fired_[chunk], columns + count);
+    count += fired_[chunk];
+  }
+  const size_t groups = group_count(config_->hidden_size);
+  float* sums = part_sums_ + part * groups * kGroup;
+  std::memset(sums, 0, groups * kGroup * sizeof(float));
+  add_columns(*kernels_, expert.down.encoding, columns, count, groups, sums);
+}
+
+void ResidentExperts::run_one(const ExpertJob& job) {
+  const ExpertWeights& expert = job.layer.experts[job.expert_index];
+  const size_t neurons = config_->neuron_count;
+  pool_->run(chunks(), [&](size_t chunk, size_t) {
+    const size_t first = chunk * kNeuronChunk;
+    const size_t count = std::min(kNeuronChunk, neurons - first);
+    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, count));
+  });
+  pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });
+  const size_t length = group_count(config_->hidden_size) * kGroup;
+  for (size_t part = 0; part < kParts; part++) {
+    for (size_t i = 0; i < length; i++) job.out[i] += part_sums_[part * length + i];
+  }
+  kernels_->to_natural_order(expert.down.encoding, job.out, length / kGroup);
+
+  size_t fired = 0;
+  for (size_t chunk = 0; chunk < chunks(); chunk++) fired += fired_[chunk];
+  counters_.neurons_fired += fired;
+  counters_.weight_bytes_read += expert.down.bytes() + (config_->layout.matrices - 1) * fired * expert.down.row_bytes();
+}
+
+}  // namespace pi2

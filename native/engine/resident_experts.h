@@ -1,0 +1,40 @@
+#pragma once
+#include "native/base/thread_pool.h"
+#include "native/engine/experts.h"
+
+namespace pi2 {
+
+/** Experts whose neurons are all in memory, one array a matrix (weights.h). */
+class ResidentExperts : public Experts {
+ public:
+  static size_t scratch_bytes(const EngineConfig& config);
+  ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch);
+
+  Status run(const ExpertJob& job) override;
+
+ private:
+  /** Only to measure scratch. */
+  ResidentExperts() = default;
+  /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
+  size_t carve(const EngineConfig& config, uint8_t* scratch);
+  void run_batch(const ExpertJob& job);
+  void run_one(const ExpertJob& job);
+  void add_part(const ExpertWeights& expert, size_t part);
+  size_t find_fired(const ExpertJob& job, size_t first, size_t count);
+  size_t chunks() const;
+  size_t part_size() const;
+
+  const EngineConfig* config_ = nullptr;
+  const Kernels* kernels_ = nullptr;
+  ThreadPool* pool_ = nullptr;
+  float* factors_ = nullptr;        // (neuron, batch): contributions to several tokens
+  float* tiles_ = nullptr;          // (thread, 2, batch, chunk): products of a chunk's rows
+  Column* columns_ = nullptr;       // (chunk, neuron of the chunk): fired neurons of one token
+  Column* part_columns_ = nullptr;  // (part, neuron of the part): the same by part, without gaps
+  uint32_t* neurons_ = nullptr;     // (part, neuron of the part): neurons that fired for any token
+  uint32_t* fired_ = nullptr;       // (chunk): how many
+  float* part_sums_ = nullptr;      // (part, padded hidden): one token's sums
+  float* tile_sums_ = nullptr;      // (thread, token of a tile, group): sums of one part and group
+};
+
+}  // namespace pi2
