@@ -37,9 +37,9 @@ class Engine {
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 
   /**
-   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps. `logits`
-   * gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons fired:
-   * fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
+   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons
+   * fired: fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
    */
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits);
 
