@@ -65,6 +65,7 @@ export interface ConversionRow {
 
 export type Row = TestRow | ConversionRow;
 
+/** What a result depends on besides the program: machine, load, versions, command. */
 export function conditions(command: string, loadBefore: number): Conditions {
   const cpu = loadAddon().cpu();
   return {
@@ -82,6 +83,7 @@ export function conditions(command: string, loadBefore: number): Conditions {
   };
 }
 
+/** What the conversion took; no row when the model was there already. */
 export function conversionRows(result: ModelResult, prepared: PreparedModel, synthetic: boolean): ConversionRow[] {
   const { conversion } = prepared;
   if (!conversion) return [];
@@ -100,6 +102,7 @@ export function conversionRows(result: ModelResult, prepared: PreparedModel, syn
   ];
 }
 
+/** A row for each test, speed set against the bandwidth measured beside it. */
 export function testRows(result: ModelResult, synthetic: boolean): TestRow[] {
   return result.tests.map((test) => testRow(result, test, synthetic));
 }
