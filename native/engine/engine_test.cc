@@ -143,7 +143,7 @@ std::vector<float> compute(EngineConfig config, const std::string& kernel_set, s
   std::vector<float> logits(tokens.size() * config.vocab_size);
   for (size_t at = 0; at < tokens.size(); at += piece) {
     const size_t count = std::min(piece, tokens.size() - at);
-    const Status status = engine->step(tokens.data() + at, count, at, logits.data() + at * config.vocab_size, true);
+    const Status status = engine->step(tokens.data() + at, count, at, logits.data() + at * config.vocab_size, true, nullptr);
     require(status.is_ok(), status.message());
     ++*steps;
   }
