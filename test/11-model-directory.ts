@@ -55,8 +55,13 @@ t.test('what is not a model directory is refused in words', async (t) => {
   await rejects('none.pi2', { code: 'E_FILE', message: /no such file/ });
   await rejects('file', { code: 'E_MODEL', message: /not a model directory/ });
   await rejects('empty.pi2', { code: 'E_MODEL', message: /no model\.json/, hint: /converted first/ });
-  await rejects('a.pi2.partial', { code: 'E_MODEL', message: /unfinished conversion/, hint: /continues/ });
-  await rejects('a.pi2.partial/', { code: 'E_MODEL', message: /unfinished conversion/ });
+  await rejects('a.pi2.partial', {
+    code: 'E_MODEL',
+    message: /conversion of .*a\.pi2 is unfinished/,
+    hint: /continues/,
+  });
+  await rejects('a.pi2.partial/', { code: 'E_MODEL', message: /is unfinished/ });
+  await rejects('a.pi2', { code: 'E_MODEL', message: /is unfinished/ });
 });
 
 t.test('a directory that is cut off, too long, incomplete or that points outside is refused', async (t) => {

@@ -62,6 +62,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     };
     if (!typed(tokens_value, napi_int32_array)) fields.fail("tokens must be an Int32Array");
     if (!typed(logits_value, napi_float32_array)) fields.fail("logits must be a Float32Array");
+    if (fields.has("fired")) fields.bytes("fired");
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
     if (closed_) return Task::refuse(env, closed());
     if (shared_->busy.exchange(true)) {
@@ -73,13 +74,27 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     float* logit_data = logits.Data();
     const size_t count = tokens.ElementLength();
     const size_t room = logits.ElementLength();
+    std::vector<Napi::Object> kept = {tokens, logits};
+    uint8_t* fired_data = nullptr;
+    size_t fired_room = 0;
+    if (fields.has("fired")) {
+      Napi::Uint8Array fired = fields.bytes("fired");
+      fired_data = fired.Data();
+      fired_room = fired.ByteLength();
+      kept.push_back(fired);
+    }
     return Task::run(
-        env, {tokens, logits},
-        [shared = shared_, token_data, logit_data, count, room, position, all] {
+        env, std::move(kept),
+        [shared = shared_, token_data, logit_data, count, room, position, all, fired_data, fired_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
-          Status status = room < (all ? count : 1) * shared->engine->vocab_size()
-                              ? Status::argument("logits is too small")
-                              : shared->engine->step(token_data, count, position, logit_data, all);
+          Status status;
+          if (room < (all ? count : 1) * shared->engine->vocab_size()) {
+            status = Status::argument("logits is too small");
+          } else if (fired_data != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
+            status = Status::argument("fired is too small");
+          } else {
+            status = shared->engine->step(token_data, count, position, logit_data, all, fired_data);
+          }
           shared->busy.store(false);
           shared->busy.notify_all();
           return status;

@@ -120,14 +120,16 @@ void Engine::add_update(size_t count) {
   }
 }
 
-void Engine::run_layer(size_t index, size_t count, size_t position) {
+void Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
   attention_.compute(layer, cache_, index, normed_, count, position, update_, stride);
   add_update(count);
   normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
-  ffn_.compute(layer, normed_, count, update_, stride);
+  const size_t layer_bytes = config_.expert_count * fired_bytes(config_.neuron_count);
+  ffn_.compute(layer, normed_, count, update_, stride, fired_bits == nullptr ? nullptr : fired_bits + index * layer_bytes,
+               fired_bytes_per_token());
   add_update(count);
   resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
 }
@@ -148,7 +150,7 @@ void Engine::compute_logits(size_t first, size_t count, float* logits) {
   resident_bytes_read_ += head.bytes();
 }
 
-Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all) {
+Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits) {
   if (count == 0) return Status::argument("a step needs at least one token");
   if (position > config_.context_length || count > config_.context_length - position) {
     return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
@@ -161,10 +163,14 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
       return Status::argument("token " + std::to_string(tokens[i]) + " is not in the vocabulary");
     }
   }
+  if (fired_bits != nullptr) std::fill_n(fired_bits, count * fired_bytes_per_token(), uint8_t{0});
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
-    for (size_t i = 0; i < config_.layer_count; i++) run_layer(i, batch, position + done);
+    attention_.begin(position + done, batch);
+    for (size_t i = 0; i < config_.layer_count; i++) {
+      run_layer(i, batch, position + done, fired_bits == nullptr ? nullptr : fired_bits + done * fired_bytes_per_token());
+    }
     if (all) {
       compute_logits(0, batch, logits + done * config_.vocab_size);
     } else if (done + batch == count) {

@@ -38,11 +38,15 @@ class Engine {
 
   /**
    * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
-   * `logits` gets vocab_size floats of each token if `all`, else of the last.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons
+   * fired: fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all);
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits);
 
   const char* kernel_set() const { return kernels_->name; }
+  size_t fired_bytes_per_token() const {
+    return config_.layer_count * config_.expert_count * fired_bytes(config_.neuron_count);
+  }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
 
@@ -54,7 +58,7 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  void run_layer(size_t index, size_t count, size_t position);
+  void run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;

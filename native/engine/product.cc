@@ -30,29 +30,23 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
   }
 }
 
-void add_columns(const Kernels& kernels, const Matrix& down, size_t group_begin, size_t group_end, const float* factors,
-                 size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  const Rows columns = down.rows_from(0);
-  switch (down.encoding) {
-    case Encoding::kQ4:
-      return kernels.add_columns_batch_q4(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
-                                          y_stride);
-    case Encoding::kQ8:
-      return kernels.add_columns_batch_q8(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
-                                          y_stride);
-    case Encoding::kF16:
-      return kernels.add_columns_batch_f16(columns, down.rows, group_begin, group_end, factors, factor_stride, tokens, y,
-                                           y_stride);
+void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t groups, float* y) {
+  switch (encoding) {
+    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, 0, groups, y);
+    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, 0, groups, y);
+    case Encoding::kF16: return kernels.add_columns_f16(columns, count, 0, groups, y);
     case Encoding::kF32: std::abort();
   }
 }
 
-void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group_begin,
-                 size_t group_end, float* y) {
+void add_columns(const Kernels& kernels, Encoding encoding, ColumnList list, size_t group, size_t tokens, float* y,
+                 size_t y_stride) {
+  list.columns.weights += weight_bytes(encoding, group * kGroup);
+  list.columns.scales += scale_bytes(encoding, group * kGroup);
   switch (encoding) {
-    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, group_begin, group_end, y);
-    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, group_begin, group_end, y);
-    case Encoding::kF16: return kernels.add_columns_f16(columns, count, group_begin, group_end, y);
+    case Encoding::kQ4: return kernels.add_columns_batch_q4(list, 0, 1, tokens, y, y_stride);
+    case Encoding::kQ8: return kernels.add_columns_batch_q8(list, 0, 1, tokens, y, y_stride);
+    case Encoding::kF16: return kernels.add_columns_batch_f16(list, 0, 1, tokens, y, y_stride);
     case Encoding::kF32: std::abort();
   }
 }

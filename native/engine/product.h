@@ -16,12 +16,12 @@ constexpr size_t chunk_count(size_t rows) { return (rows + kRowChunk - 1) / kRow
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, size_t count, const Activations& x,
                    size_t tokens, float* y, size_t y_stride);
 
-/** y_t += sum of factors[c * factor_stride + t] * column c, over all rows of `down`, for groups [group_begin, group_end). */
-void add_columns(const Kernels& kernels, const Matrix& down, size_t group_begin, size_t group_end, const float* factors,
-                 size_t factor_stride, size_t tokens, float* y, size_t y_stride);
+/** Kernels::add_columns_* of the encoding, over all groups [0, groups) of one token. */
+void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t groups, float* y);
 
-/** The same for one token and a list of columns. */
-void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group_begin,
-                 size_t group_end, float* y);
+/** Kernels::add_columns_batch_* of the encoding, for one group of several tokens; y_t = y + t * y_stride are its 256
+ * outputs. */
+void add_columns(const Kernels& kernels, Encoding encoding, ColumnList list, size_t group, size_t tokens, float* y,
+                 size_t y_stride);
 
 }  // namespace pi2

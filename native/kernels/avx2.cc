@@ -559,27 +559,27 @@ __m256 column_factors(const uint8_t* scales, size_t g, float factor) {
 
 /** One group, at most kBatchTokens tokens: each chunk of columns is unpacked once and added to every token that uses it. */
 template <Weights encoding>
-void add_batch_group(Rows columns, size_t count, size_t g, const float* factors, size_t factor_stride, size_t tokens,
-                     float* y, size_t y_stride) {
+void add_batch_group(const ColumnList& list, size_t g, const float* factors, size_t tokens, float* y, size_t y_stride) {
   UnpackedGroup outputs[kBatchTokens], unpacked[kChunk];
   size_t chunk[kChunk];
   for (size_t t = 0; t < tokens; t++) load_outputs<encoding>(y + t * y_stride + g * kGroup, outputs + t);
-  for (size_t next = 0; next < count;) {
+  for (size_t next = 0; next < list.count;) {
     size_t chunk_count = 0;
-    for (; next < count && chunk_count < kChunk; next++) {
+    for (; next < list.count && chunk_count < kChunk; next++) {
+      const size_t neuron = list.neurons[next];
       bool used = false;
-      for (size_t t = 0; t < tokens; t++) used |= factors[next * factor_stride + t] != 0;
+      for (size_t t = 0; t < tokens; t++) used |= factors[neuron * list.factor_stride + t] != 0;
       if (!used) continue;
-      unpack_group<encoding>(columns.weights + next * columns.stride, g, unpacked + chunk_count);
-      chunk[chunk_count++] = next;
+      unpack_group<encoding>(list.columns.weights + neuron * list.columns.stride, g, unpacked + chunk_count);
+      chunk[chunk_count++] = neuron;
     }
     for (size_t t = 0; t < tokens; t++) {
       __m256 factor[kChunk];
       size_t members[kChunk];
       size_t member_count = 0;
       for (size_t c = 0; c < chunk_count; c++) {
-        const float f = factors[chunk[c] * factor_stride + t];
-        factor[member_count] = column_factors<encoding>(columns.scales + chunk[c] * columns.stride, g, f);
+        const float f = factors[chunk[c] * list.factor_stride + t];
+        factor[member_count] = column_factors<encoding>(list.columns.scales + chunk[c] * list.columns.stride, g, f);
         members[member_count] = c;
         member_count += f != 0;
       }
@@ -598,15 +598,18 @@ void add_batch_group(Rows columns, size_t count, size_t g, const float* factors,
 }
 
 template <Weights encoding>
-void add_columns_batch(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                       size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+void add_columns_batch(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                       size_t y_stride) {
   for (size_t g = group_begin; g < group_end; g++) {
     for (size_t t = 0; t < tokens; t += kBatchTokens) {
       const size_t here = tokens - t < kBatchTokens ? tokens - t : kBatchTokens;
-      add_batch_group<encoding>(columns, count, g, factors + t, factor_stride, here, y + t * y_stride, y_stride);
+      add_batch_group<encoding>(list, g, list.factors + t, here, y + t * y_stride, y_stride);
     }
   }
 }
+
+/** Sums are kept in natural order here. */
+void to_natural_order(Encoding, float*, size_t) {}
 
 // -- Attention and conversions ----------------------------------------------------------------------------------------
 
@@ -675,6 +678,7 @@ constexpr Kernels kTable{
     .add_columns_batch_q4 = add_columns_batch<Weights::kQ4>,
     .add_columns_batch_q8 = add_columns_batch<Weights::kQ8>,
     .add_columns_batch_f16 = add_columns_batch<Weights::kF16>,
+    .to_natural_order = to_natural_order,
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,

@@ -73,16 +73,44 @@ struct Q8 {
   static GroupWeights unpack(const uint8_t* group) { return unpack_q8(group); }
 };
 
-/**
- * Prefetches piece number `piece` of the next rows, as one sequential stream: rows of a matrix follow each other in memory,
- * and DRAM gives a core 40 GB/s in sequence but 25 GB/s as four strided streams. Non-temporal: weights are used once a
- * token.
- */
-template <size_t kGroupBytes>
-inline void prefetch_next_rows(const uint8_t* next, size_t piece) {
-  const char* bytes = reinterpret_cast<const char*>(next) + piece * (kGroupBytes + kGroupScaleBytes);
-  for (size_t line = 0; line <= kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+inline Rows rows_from(Rows rows, size_t first) {
+  return {rows.weights + first * rows.stride, rows.scales == nullptr ? nullptr : rows.scales + first * rows.stride,
+          rows.stride};
 }
+
+/** Non-temporal: weights are used once a token. A line of scales serves four groups. */
+template <size_t kGroupBytes>
+inline void prefetch_group(const uint8_t* weights, const uint8_t* scales, size_t group) {
+  const char* bytes = reinterpret_cast<const char*>(weights + group * kGroupBytes);
+  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+  if (scales != nullptr && group % 4 == 0) {
+    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_NTA);
+  }
+}
+
+/**
+ * Prefetches the rows that follow, group by group and row by row, as one sequential stream: DRAM gives a core 40 GB/s in
+ * sequence but 25 GB/s as four strided streams.
+ */
+class NextRows {
+ public:
+  NextRows(Rows rows, size_t groups) : rows_(rows), groups_(groups) {}
+
+  template <size_t kGroupBytes>
+  inline void prefetch() {
+    prefetch_group<kGroupBytes>(rows_.weights, rows_.scales, group_);
+    if (++group_ == groups_) {
+      group_ = 0;
+      rows_.weights += rows_.stride;
+      rows_.scales = rows_.scales == nullptr ? nullptr : rows_.scales + rows_.stride;
+    }
+  }
+
+ private:
+  Rows rows_;
+  size_t groups_;
+  size_t group_ = 0;
+};
 
 /** kRows rows by kTokens tokens; y[t * y_stride + r]. Each sum is accumulated group by group, whatever the tile's shape. */
 template <class Format, size_t kRows, size_t kTokens>
@@ -91,12 +119,13 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   for (size_t r = 0; r < kRows; r++) {
     for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
   }
+  NextRows next(rows_from(rows, kRows), groups);
   for (size_t g = 0; g < groups; g++) {
     // Several tokens: all rows are unpacked first, so that each activation is loaded once. One token: row by row.
     GroupWeights w[kRows];
     __m512 scales[kRows];
     for (size_t r = 0; r < kRows; r++) {
-      if (kTokens == 1) prefetch_next_rows<Format::kBytes>(rows.weights + kRows * rows.stride, g * kRows + r);
+      if (kTokens == 1) next.prefetch<Format::kBytes>();
       w[r] = Format::unpack(rows.weights + r * rows.stride + g * Format::kBytes);
       scales[r] = load_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes);
     }
@@ -132,7 +161,7 @@ inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const ui
     const __m512 x_scales = _mm512_load_ps(x[g].scales);
     for (size_t r = 0; r < kRows; r++) {
       if (next_row < next_count) {
-        prefetch_next_rows<Format::kBytes>(next[next_row], next_group);
+        prefetch_group<Format::kBytes>(next[next_row], next[next_row] + scales_offset, next_group);
         if (++next_group == groups) {
           next_group = 0;
           next_row++;
@@ -157,10 +186,6 @@ void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count
   for (; r < row_count; r++) {
     list_tile<Format, 1>(rows + r, scales_offset, rows + r + 1, r + 1 < row_count ? 1 : 0, groups, x, y + r);
   }
-}
-
-inline Rows rows_from(Rows rows, size_t first) {
-  return {rows.weights + first * rows.stride, rows.scales + first * rows.stride, rows.stride};
 }
 
 template <class Format>
@@ -200,7 +225,10 @@ inline void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, 
   for (size_t r = 0; r < kRows; r++) {
     for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
   }
+  NextRows next(rows_from(rows, kRows), groups);
   for (size_t i = 0; i < groups * kGroup; i += 16) {
+    // A row's group is 16 registers: kRows of them are prefetched while kRows groups are summed.
+    if (kTokens == 1 && i % (kGroup / kRows) == 0) next.prefetch<kF16GroupBytes>();
     for (size_t r = 0; r < kRows; r++) {
       const __m512 w = load_halves(rows.weights + r * rows.stride + 2 * i);
       for (size_t t = 0; t < kTokens; t++) {
@@ -320,18 +348,7 @@ inline __m512i q8_outputs(size_t v) {
 }
 
 template <__m512i (*kOutputs)(size_t)>
-void to_lane_order(float* y, size_t groups) {
-  __m512i index[16];
-  for (size_t v = 0; v < 16; v++) index[v] = kOutputs(v);
-  for (size_t g = 0; g < groups; g++, y += kGroup) {
-    __m512 lanes[16];
-    for (size_t v = 0; v < 16; v++) lanes[v] = _mm512_i32gather_ps(index[v], y, 4);
-    for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, lanes[v]);
-  }
-}
-
-template <__m512i (*kOutputs)(size_t)>
-void to_natural_order(float* y, size_t groups) {
+void sort_outputs(float* y, size_t groups) {
   __m512i index[16];
   for (size_t v = 0; v < 16; v++) index[v] = kOutputs(v);
   for (size_t g = 0; g < groups; g++, y += kGroup) {
@@ -343,19 +360,46 @@ void to_natural_order(float* y, size_t groups) {
 
 inline __m512 q4_table() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); }
 
-/** Adds `count` columns' group to a tile of 256 outputs in lane order, and prefetches the same group of later columns. */
-inline void add_group_q4(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+/**
+ * Prefetches the columns of the next batch one after another, a group a call: DRAM gives random columns much faster in whole
+ * runs than as 128-byte pieces of one column after another.
+ */
+class ColumnPrefetch {
+ public:
+  ColumnPrefetch(const Column* columns, size_t count, size_t group_begin, size_t group_end)
+      : columns_(columns), end_(columns + count), group_begin_(group_begin), group_end_(group_end), group_(group_begin) {}
+
+  template <size_t kGroupBytes, bool kScales>
+  inline void next() {
+    if (columns_ == end_) return;
+    const char* weights = reinterpret_cast<const char*>(columns_->weights + group_ * kGroupBytes);
+    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T0);
+    // One line of scales serves four groups.
+    if (kScales && (group_ % 4 == 0 || group_ == group_begin_)) {
+      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T0);
+    }
+    if (++group_ == group_end_) {
+      group_ = group_begin_;
+      columns_++;
+    }
+  }
+
+ private:
+  const Column* columns_;
+  const Column* end_;
+  size_t group_begin_;
+  size_t group_end_;
+  size_t group_;
+};
+
+/** Adds `count` columns' group to a tile of 256 outputs in lane order. */
+inline void add_group_q4(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
   const __m512 table = q4_table();
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
+    prefetch.next<kQ4GroupBytes, true>();
     const uint8_t* weights = columns[c].weights + group * kQ4GroupBytes;
-    if (c < ahead) {
-      const uint8_t* next = columns[c + count].weights + group * kQ4GroupBytes;
-      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(columns[c + count].scales + group * kGroupScaleBytes), _MM_HINT_T0);
-    }
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
     const __m512i line0 = load_line(weights);
@@ -382,16 +426,12 @@ inline __m512 signed_byte(__m512i line) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * kByte), 24));
 }
 
-inline void add_group_q8(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+inline void add_group_q8(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
+    prefetch.next<kQ8GroupBytes, true>();
     const uint8_t* weights = columns[c].weights + group * kQ8GroupBytes;
-    if (c < ahead) {
-      const uint8_t* next = columns[c + count].weights + group * kQ8GroupBytes;
-      for (size_t line = 0; line < 4; line++) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * line), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(columns[c + count].scales + group * kGroupScaleBytes), _MM_HINT_T0);
-    }
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
     for (size_t m = 0; m < 4; m++) {
@@ -405,151 +445,127 @@ inline void add_group_q8(const Column* columns, size_t count, size_t ahead, size
   for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
 }
 
-inline void add_group_f16(const Column* columns, size_t count, size_t ahead, size_t group, float* y) {
+inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
+    prefetch.next<kF16GroupBytes, false>();
     const uint8_t* weights = columns[c].weights + group * kF16GroupBytes;
-    if (c < ahead) {
-      const uint8_t* next = columns[c + count].weights + group * kF16GroupBytes;
-      for (size_t line = 0; line < 8; line++) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * line), _MM_HINT_T0);
-    }
     const __m512 factor = _mm512_set1_ps(columns[c].factor);
     for (size_t v = 0; v < 16; v++) sums[v] = _mm512_fmadd_ps(load_halves(weights + 32 * v), factor, sums[v]);
   }
   for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
 }
 
-template <void (*kAddGroup)(const Column*, size_t, size_t, size_t, float*)>
-inline void add_batches(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
+template <void (*kAddGroup)(const Column*, size_t, ColumnPrefetch&, size_t, float*)>
+void add_columns(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
   for (size_t c = 0; c < count; c += kColumnBatch) {
     const size_t batch = count - c < kColumnBatch ? count - c : kColumnBatch;
     const size_t left = count - c - batch;
-    const size_t ahead = left < batch ? left : batch;
-    for (size_t g = group_begin; g < group_end; g++) kAddGroup(columns + c, batch, ahead, g, y + g * kGroup);
+    ColumnPrefetch prefetch(columns + c + batch, left < kColumnBatch ? left : kColumnBatch, group_begin, group_end);
+    for (size_t g = group_begin; g < group_end; g++) kAddGroup(columns + c, batch, prefetch, g, y + g * kGroup);
   }
-}
-
-void add_columns_q4(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
-  to_lane_order<q4_outputs>(y + group_begin * kGroup, group_end - group_begin);
-  add_batches<add_group_q4>(columns, count, group_begin, group_end, y);
-  to_natural_order<q4_outputs>(y + group_begin * kGroup, group_end - group_begin);
-}
-
-void add_columns_q8(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
-  to_lane_order<q8_outputs>(y + group_begin * kGroup, group_end - group_begin);
-  add_batches<add_group_q8>(columns, count, group_begin, group_end, y);
-  to_natural_order<q8_outputs>(y + group_begin * kGroup, group_end - group_begin);
-}
-
-void add_columns_f16(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
-  add_batches<add_group_f16>(columns, count, group_begin, group_end, y);
 }
 
 // ---- down columns, several tokens -------------------------------------------------------------------------------------
 
-/** Tokens whose outputs are summed together: a quarter of a group (4 registers) for each, 24 sums. */
-constexpr size_t kMixTokens = 6;
+/** Tokens whose outputs of a group (1 KB each) stay in L1 while the columns pass. */
+constexpr size_t kMixTokens = 16;
+/** Columns unpacked together, once for all those tokens. */
+constexpr size_t kMixColumns = 8;
 
-/** Registers 4 k .. 4 k + 3 of a group's outputs, as weights. */
 struct Q4Columns {
-  static constexpr size_t kBytes = kQ4GroupBytes;
-  static __m512 scales(const uint8_t* s) { return load_scales(s); }
-  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
+  static void unpack(const uint8_t* column, size_t group, __m512* out) {
     const __m512 table = q4_table();
-    __m512i line = load_line(group + 64 * (quarter / 2));
-    if (quarter % 2 != 0) line = _mm512_srli_epi32(line, 16);
-    out[0] = _mm512_permutexvar_ps(line, table);
-    out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 4), table);
-    out[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 8), table);
-    out[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, 12), table);
-  }
-};
-struct Q8Columns {
-  static constexpr size_t kBytes = kQ8GroupBytes;
-  static __m512 scales(const uint8_t* s) { return load_scales(s); }
-  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
-    const __m512i line = load_line(group + 64 * quarter);
-    out[0] = signed_byte<0>(line);
-    out[1] = signed_byte<1>(line);
-    out[2] = signed_byte<2>(line);
-    out[3] = signed_byte<3>(line);
-  }
-};
-struct F16Columns {
-  static constexpr size_t kBytes = kF16GroupBytes;
-  static __m512 scales(const uint8_t*) { return _mm512_set1_ps(1.0f); }
-  static void weights(const uint8_t* group, size_t quarter, __m512* out) {
-    for (size_t v = 0; v < 4; v++) out[v] = load_halves(group + 128 * quarter + 32 * v);
-  }
-};
-
-/** One quarter of one group for kTokens tokens, over all columns. y in lane order. */
-template <class Format, size_t kTokens>
-inline void mix_quarter(Rows columns, size_t count, size_t group, size_t quarter, const float* factors, size_t factor_stride,
-                        float* y, size_t y_stride) {
-  __m512 sums[kTokens][4];
-  for (size_t t = 0; t < kTokens; t++) {
-    for (size_t v = 0; v < 4; v++) sums[t][v] = _mm512_loadu_ps(y + t * y_stride + 64 * quarter + 16 * v);
-  }
-  for (size_t c = 0; c < count; c++) {
-    const float* factor = factors + c * factor_stride;
-    bool any = false;
-    for (size_t t = 0; t < kTokens; t++) any |= factor[t] != 0.0f;
-    if (!any) continue;
-    const __m512 scales = Format::scales(columns.scales + c * columns.stride + group * kGroupScaleBytes);
-    __m512 w[4];
-    Format::weights(columns.weights + c * columns.stride + group * Format::kBytes, quarter, w);
-    for (size_t t = 0; t < kTokens; t++) {
-      const __m512 scaled = _mm512_mul_ps(scales, _mm512_set1_ps(factor[t]));
-      for (size_t v = 0; v < 4; v++) sums[t][v] = _mm512_fmadd_ps(w[v], scaled, sums[t][v]);
+    for (size_t p = 0; p < 2; p++) {
+      __m512i line = load_line(column + group * kQ4GroupBytes + 64 * p);
+      for (size_t t = 0; t < 8; t++, line = _mm512_srli_epi32(line, 4)) out[8 * p + t] = _mm512_permutexvar_ps(line, table);
     }
   }
-  for (size_t t = 0; t < kTokens; t++) {
-    for (size_t v = 0; v < 4; v++) _mm512_storeu_ps(y + t * y_stride + 64 * quarter + 16 * v, sums[t][v]);
+  static __m512 scales(const uint8_t* scales, size_t group) { return load_scales(scales + group * kGroupScaleBytes); }
+};
+struct Q8Columns {
+  static void unpack(const uint8_t* column, size_t group, __m512* out) {
+    for (size_t m = 0; m < 4; m++) {
+      const __m512i line = load_line(column + group * kQ8GroupBytes + 64 * m);
+      out[4 * m] = signed_byte<0>(line);
+      out[4 * m + 1] = signed_byte<1>(line);
+      out[4 * m + 2] = signed_byte<2>(line);
+      out[4 * m + 3] = signed_byte<3>(line);
+    }
+  }
+  static __m512 scales(const uint8_t* scales, size_t group) { return load_scales(scales + group * kGroupScaleBytes); }
+};
+struct F16Columns {
+  static void unpack(const uint8_t* column, size_t group, __m512* out) {
+    for (size_t v = 0; v < 16; v++) out[v] = load_halves(column + group * kF16GroupBytes + 32 * v);
+  }
+  static __m512 scales(const uint8_t*, size_t) { return _mm512_set1_ps(1.0f); }
+};
+
+/** Columns of one group, unpacked: (column, register). */
+struct UnpackedColumns {
+  __m512 weights[kMixColumns][16];
+  __m512 scales[kMixColumns];
+  size_t neurons[kMixColumns];
+  size_t count;
+};
+
+/** Adds to one token's 256 outputs the unpacked columns that it uses. */
+inline void add_unpacked(const UnpackedColumns& columns, const float* factors, size_t factor_stride, float* y) {
+  __m512 scaled[kMixColumns];
+  size_t members[kMixColumns];
+  size_t member_count = 0;
+  for (size_t c = 0; c < columns.count; c++) {
+    const float factor = factors[columns.neurons[c] * factor_stride];
+    scaled[member_count] = _mm512_mul_ps(columns.scales[c], _mm512_set1_ps(factor));
+    members[member_count] = c;
+    member_count += factor != 0.0f;
+  }
+  if (member_count == 0) return;
+  for (size_t first = 0; first < 16; first += 8) {
+    __m512 sums[8];
+    for (size_t v = 0; v < 8; v++) sums[v] = _mm512_loadu_ps(y + 16 * (first + v));
+    for (size_t m = 0; m < member_count; m++) {
+      const __m512* weights = columns.weights[members[m]] + first;
+      for (size_t v = 0; v < 8; v++) sums[v] = _mm512_fmadd_ps(weights[v], scaled[m], sums[v]);
+    }
+    for (size_t v = 0; v < 8; v++) _mm512_storeu_ps(y + 16 * (first + v), sums[v]);
   }
 }
 
 template <class Format>
-inline void mix_group(Rows columns, size_t count, size_t group, const float* factors, size_t factor_stride, size_t tokens,
-                      float* y, size_t y_stride) {
-  for (size_t quarter = 0; quarter < 4; quarter++) {
-    size_t t = 0;
-    for (; t + kMixTokens <= tokens; t += kMixTokens) {
-      mix_quarter<Format, kMixTokens>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride,
-                                      y_stride);
+inline void mix_group(const ColumnList& list, size_t group, const float* factors, size_t tokens, float* y, size_t y_stride) {
+  UnpackedColumns columns;
+  const __mmask16 in_tile = tail_mask(tokens);
+  for (size_t next = 0; next < list.count;) {
+    columns.count = 0;
+    for (; next < list.count && columns.count < kMixColumns; next++) {
+      const size_t neuron = list.neurons[next];
+      const __m512 uses = _mm512_maskz_loadu_ps(in_tile, factors + neuron * list.factor_stride);
+      if (_mm512_cmp_ps_mask(uses, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0) continue;
+      Format::unpack(list.columns.weights + neuron * list.columns.stride, group, columns.weights[columns.count]);
+      columns.scales[columns.count] = Format::scales(list.columns.scales + neuron * list.columns.stride, group);
+      columns.neurons[columns.count++] = neuron;
     }
-    for (; t < tokens; t++) {
-      mix_quarter<Format, 1>(columns, count, group, quarter, factors + t, factor_stride, y + t * y_stride, y_stride);
+    for (size_t t = 0; t < tokens; t++) add_unpacked(columns, factors + t, list.factor_stride, y + t * y_stride);
+  }
+}
+
+template <class Format>
+void add_columns_batch(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                       size_t y_stride) {
+  for (size_t g = group_begin; g < group_end; g++) {
+    for (size_t t = 0; t < tokens; t += kMixTokens) {
+      const size_t here = tokens - t < kMixTokens ? tokens - t : kMixTokens;
+      mix_group<Format>(list, g, list.factors + t, here, y + g * kGroup + t * y_stride, y_stride);
     }
   }
 }
 
-void add_columns_batch_q4(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  for (size_t g = group_begin; g < group_end; g++) {
-    float* outputs = y + g * kGroup;
-    for (size_t t = 0; t < tokens; t++) to_lane_order<q4_outputs>(outputs + t * y_stride, 1);
-    mix_group<Q4Columns>(columns, count, g, factors, factor_stride, tokens, outputs, y_stride);
-    for (size_t t = 0; t < tokens; t++) to_natural_order<q4_outputs>(outputs + t * y_stride, 1);
-  }
-}
-
-void add_columns_batch_q8(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  for (size_t g = group_begin; g < group_end; g++) {
-    float* outputs = y + g * kGroup;
-    for (size_t t = 0; t < tokens; t++) to_lane_order<q8_outputs>(outputs + t * y_stride, 1);
-    mix_group<Q8Columns>(columns, count, g, factors, factor_stride, tokens, outputs, y_stride);
-    for (size_t t = 0; t < tokens; t++) to_natural_order<q8_outputs>(outputs + t * y_stride, 1);
-  }
-}
-
-void add_columns_batch_f16(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                           size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  for (size_t g = group_begin; g < group_end; g++) {
-    mix_group<F16Columns>(columns, count, g, factors, factor_stride, tokens, y + g * kGroup, y_stride);
-  }
+void to_natural_order(Encoding encoding, float* y, size_t groups) {
+  if (encoding == Encoding::kQ4) sort_outputs<q4_outputs>(y, groups);
+  if (encoding == Encoding::kQ8) sort_outputs<q8_outputs>(y, groups);
 }
 
 // ---- attention and conversions ----------------------------------------------------------------------------------------
@@ -607,12 +623,13 @@ constexpr Kernels kTable{
     .matmul_q4 = matmul<Q4>,
     .matmul_q8 = matmul<Q8>,
     .matmul_f16 = matmul_f16,
-    .add_columns_q4 = add_columns_q4,
-    .add_columns_q8 = add_columns_q8,
-    .add_columns_f16 = add_columns_f16,
-    .add_columns_batch_q4 = add_columns_batch_q4,
-    .add_columns_batch_q8 = add_columns_batch_q8,
-    .add_columns_batch_f16 = add_columns_batch_f16,
+    .add_columns_q4 = add_columns<add_group_q4>,
+    .add_columns_q8 = add_columns<add_group_q8>,
+    .add_columns_f16 = add_columns<add_group_f16>,
+    .add_columns_batch_q4 = add_columns_batch<Q4Columns>,
+    .add_columns_batch_q8 = add_columns_batch<Q8Columns>,
+    .add_columns_batch_f16 = add_columns_batch<F16Columns>,
+    .to_natural_order = to_natural_order,
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,

@@ -43,6 +43,18 @@ struct Column {
   float factor;
 };
 
+/**
+ * Columns that several tokens add: column c is vector number neurons[c] of `columns`, and token t takes
+ * factors[neurons[c] * factor_stride + t] of it.
+ */
+struct ColumnList {
+  Rows columns;
+  const uint32_t* neurons;
+  size_t count;
+  const float* factors;
+  size_t factor_stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -86,23 +98,24 @@ struct Kernels {
                      size_t y_stride);
 
   /**
-   * Sums down columns into one token's output: for groups g in [group_begin, group_end) and their 256 elements,
-   * y[256 g + element] += sum over columns, in order, of factor * column[256 g + element]. y is in natural order.
+   * Sums down columns into one token's output: for groups g in [group_begin, group_end), the 256 outputs of group g grow by
+   * the sum over columns, in order, of factor * column. Inside a group the outputs are in an order of the kernel set's own,
+   * the same for one token and for several: start from zeros, add up, then sort once with `to_natural_order`.
    */
   void (*add_columns_q4)(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y);
   void (*add_columns_q8)(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y);
   void (*add_columns_f16)(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y);
 
-  /**
-   * The same for several tokens: columns are vectors 0 .. count of `columns`, and token t uses
-   * `factors[c * factor_stride + t]`. y_t begins at y + t * y_stride. A column whose factors are all zero is not read.
-   */
-  void (*add_columns_batch_q4)(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                               size_t factor_stride, size_t tokens, float* y, size_t y_stride);
-  void (*add_columns_batch_q8)(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                               size_t factor_stride, size_t tokens, float* y, size_t y_stride);
-  void (*add_columns_batch_f16)(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                                size_t factor_stride, size_t tokens, float* y, size_t y_stride);
+  /** The same for several tokens; y_t begins at y + t * y_stride. A column that no token uses is not read. */
+  void (*add_columns_batch_q4)(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                               size_t y_stride);
+  void (*add_columns_batch_q8)(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                               size_t y_stride);
+  void (*add_columns_batch_f16)(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                                size_t y_stride);
+
+  /** Sorts the outputs of `groups` groups that add_columns_* of this encoding has summed, in place. */
+  void (*to_natural_order)(Encoding encoding, float* y, size_t groups);
 
   /** scores[p] = scale * (q . k_p) over `count` half-float keys, `stride` halves apart; n is a multiple of 16. */
   void (*attention_scores)(const float* q, const uint16_t* keys, size_t stride, size_t n, size_t count, float scale,

@@ -512,12 +512,20 @@ void run_add(const Kernels& kernels, Encoding encoding, const Column* columns, s
   if (encoding == Encoding::kF16) kernels.add_columns_f16(columns, count, group_begin, group_end, y);
 }
 
+/** Columns are neurons 0, 2, 4 … and then 1, 3, 5 … of the matrix: a list need not be in the order of memory. */
+uint32_t neuron_of(size_t c, size_t count) {
+  const size_t even = (count + 1) / 2;
+  return static_cast<uint32_t>(c < even ? 2 * c : 2 * (c - even) + 1);
+}
+
 void run_batch(const Kernels& kernels, Encoding encoding, Rows columns, size_t count, size_t group_begin, size_t group_end,
                const float* factors, size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
   const auto run = encoding == Encoding::kQ4   ? kernels.add_columns_batch_q4
                    : encoding == Encoding::kQ8 ? kernels.add_columns_batch_q8
                                                : kernels.add_columns_batch_f16;
-  run(columns, count, group_begin, group_end, factors, factor_stride, tokens, y, y_stride);
+  std::vector<uint32_t> neurons(count);
+  for (size_t c = 0; c < count; c++) neurons[c] = neuron_of(c, count);
+  run({columns, neurons.data(), count, factors, factor_stride}, group_begin, group_end, tokens, y, y_stride);
 }
 
 /** `tokens` outputs; a third of the columns is used by no token and must not be looked at. */
@@ -543,7 +551,8 @@ void test_add(const Kernels& kernels, Encoding encoding, size_t count, size_t gr
   for (size_t t = 0; t < tokens; t++) {
     std::vector<Column> columns;
     for (size_t c = 0; c < count; c++) {
-      if (used[c]) columns.push_back(matrix.column(c, factors[c * factor_stride + t]));
+      const size_t neuron = neuron_of(c, count);
+      if (used[neuron]) columns.push_back(matrix.column(neuron, factors[neuron * factor_stride + t]));
     }
     std::memcpy(single.data(), start.data() + t * n, n * sizeof(float));
     run_add(kernels, encoding, columns.data(), columns.size(), group_begin, group_end, single.data());
@@ -557,6 +566,9 @@ void test_add(const Kernels& kernels, Encoding encoding, size_t count, size_t gr
     }
     check_same(parts.data(), single.data(), n * sizeof(float), "cut into groups and two lists, token", t);
 
+    // The set's own order inside a group: what was there before is sorted like the sums.
+    kernels.to_natural_order(encoding, start.data() + t * n, groups);
+    kernels.to_natural_order(encoding, single.data(), groups);
     for (size_t i = 0; i < n; i++) {
       const double before = static_cast<double>(start[t * n + i]);
       double expected = before, terms = std::fabs(before);
@@ -586,6 +598,7 @@ void test_unread(const Kernels& kernels, Encoding encoding) {
     }
   }
   run_batch(kernels, encoding, matrix.rows(), count, 0, 2, factors.data(), tokens, tokens, y.data(), n);
+  for (size_t t = 0; t < tokens; t++) kernels.to_natural_order(encoding, y.data() + t * n, 2);
   for (size_t i = 0; i < tokens * n; i++) {
     double expected = 0, terms = 0;
     for (size_t c = 0; c < count; c++) {

@@ -539,27 +539,28 @@ void add_members(const Member* members, size_t member_count, float* y) {
 
 /** Each chunk of columns is unpacked once for all tokens, then added to every token that uses it. */
 template <Weights encoding>
-void add_columns_batch(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                       size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
+void add_columns_batch(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                       size_t y_stride) {
   alignas(64) float unpacked[kChunk][kGroup];
   size_t chunk[kChunk];
   Member members[kChunk];
   for (size_t g = group_begin; g < group_end; g++) {
-    for (size_t next = 0; next < count;) {
+    for (size_t next = 0; next < list.count;) {
       size_t chunk_count = 0;
-      for (; next < count && chunk_count < kChunk; next++) {
+      for (; next < list.count && chunk_count < kChunk; next++) {
+        const size_t neuron = list.neurons[next];
         bool used = false;
-        for (size_t t = 0; t < tokens; t++) used |= factors[next * factor_stride + t] != 0;
+        for (size_t t = 0; t < tokens; t++) used |= list.factors[neuron * list.factor_stride + t] != 0;
         if (!used) continue;
-        unpack_group<encoding>(columns.weights + next * columns.stride, g, unpacked[chunk_count]);
-        chunk[chunk_count++] = next;
+        unpack_group<encoding>(list.columns.weights + neuron * list.columns.stride, g, unpacked[chunk_count]);
+        chunk[chunk_count++] = neuron;
       }
       for (size_t t = 0; t < tokens; t++) {
         size_t member_count = 0;
         for (size_t c = 0; c < chunk_count; c++) {
-          const float factor = factors[chunk[c] * factor_stride + t];
+          const float factor = list.factors[chunk[c] * list.factor_stride + t];
           members[member_count].weights = unpacked[c];
-          set_factors<encoding>(columns.scales + chunk[c] * columns.stride, g, factor, members + member_count);
+          set_factors<encoding>(list.columns.scales + chunk[c] * list.columns.stride, g, factor, members + member_count);
           member_count += factor != 0;
         }
         add_members(members, member_count, y + t * y_stride + g * kGroup);
@@ -567,6 +568,9 @@ void add_columns_batch(Rows columns, size_t count, size_t group_begin, size_t gr
     }
   }
 }
+
+/** Sums are kept in natural order here. */
+void to_natural_order(Encoding, float*, size_t) {}
 
 // -- Attention and conversions ----------------------------------------------------------------------------------------
 
@@ -645,6 +649,7 @@ constexpr Kernels kTable{
     .add_columns_batch_q4 = add_columns_batch<Weights::kQ4>,
     .add_columns_batch_q8 = add_columns_batch<Weights::kQ8>,
     .add_columns_batch_f16 = add_columns_batch<Weights::kF16>,
+    .to_natural_order = to_natural_order,
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,

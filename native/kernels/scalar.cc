@@ -182,14 +182,16 @@ void add_column_f16(const Column& column, size_t group_begin, size_t group_end, 
 
 using AddColumn = void (*)(const Column& column, size_t group_begin, size_t group_end, float* y);
 
-void add_batch(AddColumn add_column, Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-               size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  for (size_t c = 0; c < count; c++) {
+void add_batch(AddColumn add_column, const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+               size_t y_stride) {
+  for (size_t c = 0; c < list.count; c++) {
+    const size_t neuron = list.neurons[c];
     for (size_t t = 0; t < tokens; t++) {
-      const float factor = factors[c * factor_stride + t];
+      const float factor = list.factors[neuron * list.factor_stride + t];
       if (factor == 0) continue;
-      const Column column{columns.weights + c * columns.stride, columns.scales + c * columns.stride, factor};
-      add_column(column, group_begin, group_end, y + t * y_stride);
+      const size_t place = neuron * list.columns.stride;
+      add_column({list.columns.weights + place, list.columns.scales + place, factor}, group_begin, group_end,
+                 y + t * y_stride);
     }
   }
 }
@@ -206,20 +208,23 @@ void add_columns_f16(const Column* columns, size_t count, size_t group_begin, si
   for (size_t c = 0; c < count; c++) add_column_f16(columns[c], group_begin, group_end, y);
 }
 
-void add_columns_batch_q4(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  add_batch(add_column_q4, columns, count, group_begin, group_end, factors, factor_stride, tokens, y, y_stride);
+void add_columns_batch_q4(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                          size_t y_stride) {
+  add_batch(add_column_q4, list, group_begin, group_end, tokens, y, y_stride);
 }
 
-void add_columns_batch_q8(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                          size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  add_batch(add_column_q8, columns, count, group_begin, group_end, factors, factor_stride, tokens, y, y_stride);
+void add_columns_batch_q8(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                          size_t y_stride) {
+  add_batch(add_column_q8, list, group_begin, group_end, tokens, y, y_stride);
 }
 
-void add_columns_batch_f16(Rows columns, size_t count, size_t group_begin, size_t group_end, const float* factors,
-                           size_t factor_stride, size_t tokens, float* y, size_t y_stride) {
-  add_batch(add_column_f16, columns, count, group_begin, group_end, factors, factor_stride, tokens, y, y_stride);
+void add_columns_batch_f16(const ColumnList& list, size_t group_begin, size_t group_end, size_t tokens, float* y,
+                           size_t y_stride) {
+  add_batch(add_column_f16, list, group_begin, group_end, tokens, y, y_stride);
 }
+
+/** Sums are kept in natural order here. */
+void to_natural_order(Encoding, float*, size_t) {}
 
 // -- Attention and conversions ----------------------------------------------------------------------------------------
 
@@ -279,6 +284,7 @@ constexpr Kernels kTable{
     .add_columns_batch_q4 = add_columns_batch_q4,
     .add_columns_batch_q8 = add_columns_batch_q8,
     .add_columns_batch_f16 = add_columns_batch_f16,
+    .to_natural_order = to_natural_order,
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,

@@ -98,7 +98,7 @@ export function fileError(error: unknown, doing: string, path: string): Pi2Error
       return new Pi2Error(
         'E_DISK_FULL',
         `cannot ${doing} ${path}: no space left`,
-        'free some space and run the same command again: it continues where it stopped',
+        'free some space and run the same command again',
         options,
       );
     default:

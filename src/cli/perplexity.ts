@@ -28,9 +28,9 @@ export function perplexityCommand(): Command {
   command.option('--json', 'the result as one JSON object on stdout').addHelpText(
     'after',
     `
-The text is tokenized once. Windows of CTX - 1 tokens follow one another without overlap, each behind the BOS token; every
-token of every window is predicted, the last, shorter window included. The tokenizers that put no BOS before a text have
-windows of CTX tokens whose first is not predicted.
+The text is tokenized once. Windows of CTX - 1 tokens follow one another without overlap, each behind
+the BOS token; every token of every window is predicted, the last, shorter window included. Tokenizers
+that put no BOS before a text have windows of CTX tokens whose first is not predicted.
 
 Examples:
   powerinfer2 perplexity -m bamboo.pi2 -f text.txt

@@ -53,8 +53,9 @@ export function runCommand(): Command {
   command.addHelpText(
     'after',
     `
-stdout is the prompt and its continuation (with --tokens the continuation alone), stderr the log and the report.
-With --json: {"type":"token","id":263,"text":" a"} for each token, then {"type":"report",…}.
+stdout is the prompt and its continuation (with --tokens the continuation alone), stderr the log
+and the report. With --json stdout is {"type":"token","id":263,"text":" a"} for each token,
+then {"type":"report",…}.
 
 Examples:
   powerinfer2 run -m bamboo.pi2 -p "Once upon a time" -n 128
@@ -84,8 +85,7 @@ async function run(flags: RunFlags): Promise<void> {
         endTokens: flags.ignoreEos ? [] : eos_token_ids,
         signal,
       });
-      const usedSeed = flags.temp > 0 ? seed : null;
-      await stream(flags, model, engine, generation, { text, tokenizer, seed: usedSeed });
+      await stream(flags, model, engine, generation, { text, tokenizer, seed });
     } finally {
       await engine.close();
     }
@@ -99,7 +99,7 @@ async function stream(
   model: ModelDirectory,
   engine: Engine,
   generation: Generation,
-  { text, tokenizer, seed }: { text: string | null; tokenizer: TextTokenizer | null; seed: number | null },
+  { text, tokenizer, seed }: { text: string | null; tokenizer: TextTokenizer | null; seed: number },
 ): Promise<void> {
   const printer = flags.json ? new JsonPrinter() : new TextPrinter();
   const decoder = new TokenStream(tokenizer ?? { bytes: () => new Uint8Array(0) });

@@ -149,6 +149,11 @@ export interface StepRequest {
   /** Receives logits: of every token if `all`, else of the last. vocabSize floats for each. */
   logits: Float32Array;
   all: boolean;
+  /**
+   * If given, receives which neurons fired: for each token, for each layer, for each expert, ceil(neurons / 8) bytes in which
+   * bit i % 8 of byte i / 8 says that neuron i (in heat order) fired. Neurons of experts that were not routed to have not.
+   */
+  fired?: Uint8Array;
 }
 
 /** Counters since open. Bytes are weight bytes the kernels read. */

@@ -23,6 +23,9 @@ export const TENSOR_ALIGNMENT = 64;
 /** A manifest of the largest model the limits allow is far below this. */
 const MANIFEST_BYTES_MAX = 32 * 1024 * 1024;
 
+/** What a conversion calls its directory until it is whole. */
+const PARTIAL = '.pi2.partial';
+
 const CONVERT_AGAIN = 'convert the checkpoint again: powerinfer2 convert CHECKPOINT_DIR --force';
 
 /** Tokenizer files that may be beside the weights; null when absent. */
@@ -116,21 +119,32 @@ export function parseManifest(text: string, where: string): Manifest {
 }
 
 async function requireDirectory(directory: string): Promise<void> {
-  const trimmed = directory.replace(/\/+$/, '');
-  if (trimmed.endsWith('.pi2.partial')) {
+  const name = directory.replace(/\/+$/, '');
+  const isDirectory = await stat(directory).then(
+    (found) => found.isDirectory(),
+    (error: unknown) => error,
+  );
+  // Whoever asks for a model that is still being made hears of it, under either name.
+  const isThere = typeof isDirectory === 'boolean';
+  const isUnfinished = isThere ? name.endsWith(PARTIAL) : await isPresent(`${name}.partial`);
+  if (isUnfinished) {
     throw new Pi2Error(
       'E_MODEL',
-      `${directory} is an unfinished conversion`,
+      `the conversion of ${name.replace(/\.partial$/, '')} is unfinished`,
       'run the same convert command again: it continues where it stopped',
     );
   }
-  try {
-    if (!(await stat(directory)).isDirectory()) {
-      throw new Pi2Error('E_MODEL', `${directory} is not a model directory`, 'give the NAME.pi2 that convert made');
-    }
-  } catch (error) {
-    throw fileError(error, 'open', directory);
+  if (!isThere) throw fileError(isDirectory, 'open', directory);
+  if (!isDirectory) {
+    throw new Pi2Error('E_MODEL', `${directory} is not a model directory`, 'give the NAME.pi2 that convert made');
   }
+}
+
+function isPresent(file: string): Promise<boolean> {
+  return stat(file).then(
+    () => true,
+    () => false,
+  );
 }
 
 /** Reads `model.json`, which must be a file of the directory itself: links could lead outside of it. */

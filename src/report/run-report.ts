@@ -1,6 +1,6 @@
-import { readFileSync } from 'node:fs';
 import os from 'node:os';
 import { formatBytes } from '../base/bytes.js';
+import { peakMemoryBytes } from '../base/memory.js';
 import type { EngineCounters } from '../engine/contract.js';
 import type { Engine } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
@@ -19,8 +19,8 @@ export interface RunReport {
   family: string;
   quantization: string;
   stop_reason: StopReason;
-  /** The seed that was really used; null for greedy decoding. */
-  seed: number | null;
+  /** The seed that was really used, chosen or given. */
+  seed: number;
   context_length: number;
   prompt_tokens: number;
   generated_tokens: number;
@@ -53,7 +53,7 @@ export interface RunFacts {
   engine: Pick<Engine, 'contextLength' | 'threads' | 'kernelSet' | 'cpuFeatures' | 'loadMs'>;
   timings: GenerationTimings;
   stopReason: StopReason;
-  seed: number | null;
+  seed: number;
   /** Counters after the prompt and at the end. */
   countersAfterPrompt: EngineCounters;
   counters: EngineCounters;
@@ -119,19 +119,8 @@ export function formatRunReport(report: RunReport): string {
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
     ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
     ['stopped by', report.stop_reason.replace('_', ' ')],
-    ['seed', report.seed === null ? '- (greedy)' : String(report.seed)],
+    ['seed', String(report.seed)],
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
-}
-
-/** The most memory this process ever held. The kernel's own mark where there is one: getrusage may count the parent's. */
-export function peakMemoryBytes(): number {
-  try {
-    const kibibytes = readFileSync('/proc/self/status', 'utf8').match(/^VmHWM:\s+(\d+) kB$/m)?.[1];
-    if (kibibytes !== undefined) return Number(kibibytes) * 1024;
-  } catch {
-    // No /proc: the portable figure below.
-  }
-  return process.resourceUsage().maxRSS * 1024;
 }
