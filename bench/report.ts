@@ -65,6 +65,7 @@ export interface ConversionRow {
 
 export type Row = TestRow | ConversionRow;
 
+/** What a result is worth nothing without: the machine, its load, the command and the program. */
 export function conditions(command: string, loadBefore: number): Conditions {
   const cpu = loadAddon().cpu();
   return {
@@ -82,6 +83,7 @@ export function conditions(command: string, loadBefore: number): Conditions {
   };
 }
 
+/** The row of a conversion; none if a model from an earlier run was used. */
 export function conversionRows(result: ModelResult, prepared: PreparedModel, synthetic: boolean): ConversionRow[] {
   const { conversion } = prepared;
   if (!conversion) return [];
@@ -100,6 +102,7 @@ export function conversionRows(result: ModelResult, prepared: PreparedModel, syn
   ];
 }
 
+/** A row for each test, medians over its repetitions. */
 export function testRows(result: ModelResult, synthetic: boolean): TestRow[] {
   return result.tests.map((test) => testRow(result, test, synthetic));
 }

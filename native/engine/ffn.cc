@@ -11,8 +11,8 @@
 namespace pi2 {
 namespace {
 
-/** Neurons that one thread takes at a time. */
-constexpr size_t kNeuronChunk = 64;
+/** Neurons that one thread takes at a time; as many as rows of other matrices. */
+constexpr size_t kNeuronChunk = kRowChunk;
 
 /** Parts of the down sum; more than threads on any phone, few enough that adding them up costs nothing. */
 constexpr size_t kParts = 8;
@@ -60,7 +60,7 @@ size_t Ffn::chunks() const { return chunk_total(config_->neuron_count); }
 
 size_t Ffn::part_size() const { return part_room(config_->neuron_count); }
 
-/** A chunk is 64 neurons, so no two threads share a byte. */
+/** A chunk is a multiple of 8 neurons, so no two threads share a byte. */
 void Ffn::mark_fired(size_t t, size_t neuron) const {
   uint8_t* bits = fired_bits_ + token_of(t) * fired_stride_ + expert_index_ * fired_bytes(config_->neuron_count);
   bits[neuron / 8] = static_cast<uint8_t>(bits[neuron / 8] | (1u << (neuron % 8)));
