@@ -65,7 +65,7 @@ export interface ConversionRow {
 
 export type Row = TestRow | ConversionRow;
 
-/** What a result is worth nothing without: the machine, its load, the command and the program. */
+/** The conditions of this process now. `command` is what was typed, `loadBefore` the load average when it began. */
 export function conditions(command: string, loadBefore: number): Conditions {
   const cpu = loadAddon().cpu();
   return {
@@ -83,7 +83,7 @@ export function conditions(command: string, loadBefore: number): Conditions {
   };
 }
 
-/** The row of a conversion; none if a model from an earlier run was used. */
+/** The row of a model's conversion; none when the model was there already. */
 export function conversionRows(result: ModelResult, prepared: PreparedModel, synthetic: boolean): ConversionRow[] {
   const { conversion } = prepared;
   if (!conversion) return [];
@@ -102,7 +102,7 @@ export function conversionRows(result: ModelResult, prepared: PreparedModel, syn
   ];
 }
 
-/** A row for each test, medians over its repetitions. */
+/** A row for each test of a model. */
 export function testRows(result: ModelResult, synthetic: boolean): TestRow[] {
   return result.tests.map((test) => testRow(result, test, synthetic));
 }
