@@ -65,6 +65,7 @@ export interface ConversionRow {
 
 export type Row = TestRow | ConversionRow;
 
+/** The conditions of this process now. `command` is what was typed, `loadBefore` the load average when it began. */
 export function conditions(command: string, loadBefore: number): Conditions {
   const cpu = loadAddon().cpu();
   return {
@@ -82,6 +83,7 @@ export function conditions(command: string, loadBefore: number): Conditions {
   };
 }
 
+/** The row of a model's conversion; none when the model was there already. */
 export function conversionRows(result: ModelResult, prepared: PreparedModel, synthetic: boolean): ConversionRow[] {
   const { conversion } = prepared;
   if (!conversion) return [];
@@ -100,6 +102,7 @@ export function conversionRows(result: ModelResult, prepared: PreparedModel, syn
   ];
 }
 
+/** A row for each test of a model. */
 export function testRows(result: ModelResult, synthetic: boolean): TestRow[] {
   return result.tests.map((test) => testRow(result, test, synthetic));
 }

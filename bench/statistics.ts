@@ -5,6 +5,7 @@ export function median(sample: readonly number[]): number {
   return sorted.length % 2 === 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
 }
 
+/** The arithmetic mean of a sample that is not empty. */
 export function mean(sample: readonly number[]): number {
   return sample.reduce((total, value) => total + value, 0) / sample.length;
 }

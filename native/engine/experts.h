@@ -20,7 +20,7 @@ struct FiredBits {
   const uint32_t* tokens = nullptr;  // the batch's numbers of the job's tokens, or null if they are the same
 
   bool wanted() const { return base != nullptr; }
-  /** A chunk is 64 neurons, so no two threads share a byte. */
+  /** A chunk is a multiple of 8 neurons, so no two threads share a byte. */
   void mark(size_t t, size_t neuron) const {
     uint8_t& byte = base[(tokens == nullptr ? t : tokens[t]) * stride + neuron / 8];
     byte = static_cast<uint8_t>(byte | (1u << (neuron % 8)));
