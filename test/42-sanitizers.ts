@@ -1,7 +1,7 @@
 // The thread pool and the engine under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer:
 // native/base/thread_pool_test.cc and native/engine/engine_test.cc, built here.
 import { execFile, spawnSync } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { readdirSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { promisify } from 'node:util';
 import t, { type Test } from 'tap';
@@ -31,8 +31,21 @@ const kernels = KERNELS[process.arch] ?? {};
 const POOL = ['base/thread_pool', 'base/thread_pool_test'];
 /** All but base/memory.cc, for which the test has its own. */
 const ENGINE = [
-  ...['base/crc32', 'base/threads', 'base/thread_pool', 'storage/file', 'quantize/encode'],
-  ...['attention', 'engine', 'engine_test', 'ffn', 'product', 'weights'].map((name) => `engine/${name}`),
+  ...['base/crc32', 'base/threads', 'base/thread_pool', 'cache/neuron_cache', 'quantize/encode'],
+  ...[
+    'attention',
+    'engine',
+    'engine_test',
+    'ffn',
+    'load',
+    'product',
+    'resident_experts',
+    'streamed_experts',
+    'weights',
+  ].map((name) => `engine/${name}`),
+  ...readdirSync(join(REPOSITORY, 'native/storage'))
+    .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))
+    .map((name) => `storage/${basename(name, '.cc')}`),
   ...['dispatch', 'scalar', ...Object.keys(kernels)].map((name) => `kernels/${name}`),
 ];
 

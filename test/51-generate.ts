@@ -1,15 +1,7 @@
 import fc from 'fast-check';
 import t from 'tap';
 import type { EngineCounters } from '../src/engine/contract.js';
-import {
-  BATCH_SIZE,
-  chooseContext,
-  Engine,
-  kvBytesPerToken,
-  nativeError,
-  requireMemory,
-  type StepEngine,
-} from '../src/engine/engine.js';
+import { BATCH_SIZE, chooseContext, Engine, nativeError, type StepEngine } from '../src/engine/engine.js';
 import { cutWindows, evaluateSequence, measurePerplexity, negativeLogLikelihood } from '../src/engine/evaluate.js';
 import { type GenerateOptions, Generation, requirePrompt } from '../src/engine/generate.js';
 import { seededRandom } from '../src/engine/random.js';
@@ -319,12 +311,6 @@ t.test('the engine: options, memory and greedy text as its logits say', async (t
   t.equal(chooseContext(model, 999), 999, 'rotary positions go on');
   const learned = await openModelDirectory(await makeModel(scratch, { family: 'opt', context: 40 }));
   t.throws(() => chooseContext(learned, 41), { code: 'E_USAGE', message: /41 is more than the 40 positions/ });
-  const weightBytes = model.manifest.extents.reduce((sum, extent) => sum + extent.bytes, 0);
-  t.equal(kvBytesPerToken(model), 2 * 2 * 32 * 2);
-  const available = weightBytes + 10 * kvBytesPerToken(model);
-  t.doesNotThrow(() => requireMemory(model, 10, available));
-  t.throws(() => requireMemory(model, 11, available), { code: 'E_MEMORY', hint: /-c 10 would fit/ });
-  t.throws(() => requireMemory(model, 1, weightBytes), { code: 'E_MEMORY', message: /the weights of/ });
   const foreign = process.arch === 'arm64' ? 'avx2' : 'neon';
   const options = { context: 0, threads: 1, kernelSet: foreign } as const;
   await t.rejects(Engine.open(model, options), { code: 'E_CPU', hint: /scalar/ });
@@ -374,6 +360,16 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     weightBytes: 1000,
     kvBytes: 2000,
     scratchBytes: 3000,
+    stream: {
+      hotHits: 2 * tokens,
+      coldHits: tokens,
+      misses: tokens,
+      reads: 3 * tokens,
+      askedBytes: 100 * tokens,
+      readBytes: 200 * tokens,
+      stallNs: 4e6 * tokens,
+      storage: 'direct, io_uring',
+    },
   });
   const engine = {
     contextLength: 128,
@@ -381,6 +377,9 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     kernelSet: 'avx2',
     cpuFeatures: ['avx2', 'fma'],
     loadMs: 12.5,
+    budgetBytes: 5000,
+    storage: 'direct, io_uring',
+    gatesResidentShare: 0.5,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
   const facts = { manifest: model.manifest, engine, timings, stopReason: 'length', seed: 7 } as const;
@@ -398,12 +397,35 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     token_latency_ms_p99: 30,
     weight_bytes_per_token: 200,
     neurons_fired_share: 0.25,
+    load_mode: 'direct',
+    storage: 'direct, io_uring',
+    memory_budget_bytes: 5000,
+    gates_resident_share: 0.5,
+    hot_hit_share: 0.5,
+    cold_hit_share: 0.25,
+    miss_share: 0.25,
+    flash_asked_bytes_per_token: 100,
+    flash_read_bytes_per_token: 200,
+    flash_reads_per_token: 3,
+    stall_ms_per_token: 4,
+    stall_share: 0.1,
     seed: 7,
     version: /^\d+\.\d+\.\d+$/,
     commit: /^([0-9a-f]{40}|unknown)$/,
   });
   t.ok(report.peak_memory_bytes > 10e6);
   t.match(formatRunReport(report), /decode +3 tokens, 50\.00 tokens\/s\n/);
+  t.match(formatRunReport(report), /neurons found +hot 50\.0 %, cold 25\.0 %, on flash 25\.0 %/);
+  const whole = { ...engine, storage: 'resident', gatesResidentShare: 1 };
+  const { stream: _, ...residentCounters } = counters(22, 900);
+  const resident = runReport({
+    ...facts,
+    engine: whole,
+    countersAfterPrompt: residentCounters,
+    counters: residentCounters,
+  });
+  t.match(resident, { load_mode: 'resident', hot_hit_share: null, stall_share: null, flash_reads_per_token: null });
+  t.notMatch(formatRunReport(resident), /flash/);
   const nothing = { promptTokens: 20, promptMs: 0, generatedTokens: 0, firstTokenMs: 0, latenciesMs: [] };
   const empty = runReport({
     ...facts,

@@ -181,6 +181,17 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (backend != "threads" && backend != "uring") fields.fail("backend must be threads or uring");
   if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
   if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
+  if (fields.has("checksumOffsets")) {
+    for (const double offset : fields.numbers("checksumOffsets")) {
+      if (!(offset >= 0 && offset <= 9007199254740991.0)) fields.fail("checksumOffsets must be sizes");
+      stream->checksum_offsets.push_back(static_cast<size_t>(offset));
+    }
+  }
+  if (fields.has("trial")) {
+    Fields trial(fields.value("trial"));
+    stream->trial = {trial.size_or("failRead", 0), trial.size_or("shortRead", 0), trial.size_or("delayUs", 0)};
+    if (!trial.status().is_ok()) fields.fail("trial: " + trial.status().message());
+  }
   stream->mode = mode == "direct" ? ReadMode::kDirect : ReadMode::kBuffered;
   stream->backend = backend == "uring" ? ReadBackend::kUring : ReadBackend::kThreads;
   if (!fields.status().is_ok()) request.fail("stream: " + fields.status().message());
@@ -278,6 +289,28 @@ Napi::Value open_engine_call(const Napi::CallbackInfo& info) {
       });
 }
 
+Napi::Value memory_needed_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Fields fields(info[0]);
+  const EngineConfig config = read_config(fields);
+  EngineMemory memory;
+  Status status = fields.status();
+  if (status.is_ok()) status = Engine::memory_needed(config, &memory);
+  if (!status.is_ok()) {
+    to_error(env, status).ThrowAsJavaScriptException();
+    return env.Undefined();
+  }
+  Napi::Object object = Napi::Object::New(env);
+  const auto set = [&](const char* name, size_t bytes) {
+    object.Set(name, Napi::Number::New(env, static_cast<double>(bytes)));
+  };
+  set("weightBytes", memory.weight_bytes);
+  set("kvBytes", memory.kv_bytes);
+  set("scratchBytes", memory.scratch_bytes);
+  set("loadBytes", memory.load_bytes);
+  return object;
+}
+
 Napi::Value cpu_call(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Napi::Array sets = Napi::Array::New(env);
@@ -312,6 +345,7 @@ void export_engine_calls(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Napi::FunctionReference(Napi::Persistent(EngineObject::define(env))));
   exports.Set("cpu", Napi::Function::New(env, cpu_call));
   exports.Set("openEngine", Napi::Function::New(env, open_engine_call));
+  exports.Set("memoryNeeded", Napi::Function::New(env, memory_needed_call));
   exports.Set("measureReadBandwidth", Napi::Function::New(env, measure_read_bandwidth_call));
 }
 

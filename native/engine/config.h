@@ -42,6 +42,9 @@ struct StreamConfig {
   ReadMode mode = ReadMode::kDirect;
   ReadBackend backend = ReadBackend::kThreads;
   size_t lanes = 0;
+  /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are; empty: reads are not compared. */
+  std::vector<size_t> checksum_offsets;
+  ReaderTrial trial;
 
   bool enabled() const { return !banks.empty(); }
 };

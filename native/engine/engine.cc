@@ -1,5 +1,8 @@
 #include "native/engine/engine.h"
 
+#include <array>
+
+#include "native/engine/load.h"
 #include "native/engine/norm.h"
 #include "native/engine/product.h"
 #include "native/engine/resident_experts.h"
@@ -30,7 +33,47 @@ Status check(const EngineConfig& c) {
   return Status::ok();
 }
 
+/** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
+constexpr size_t kPieces = 11;
+std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
+  const size_t batch = config.batch_size;
+  const size_t hidden = config.hidden_size;
+  const size_t heads = config.query_size();
+  const size_t stream_bytes = Activations::float_bytes(hidden, batch);
+  const size_t routed = config.expert_count > 1 ? batch : 0;
+  return {stream_bytes,
+          stream_bytes,
+          Activations::float_bytes(hidden, batch),
+          Activations::quantized_bytes(hidden, batch),
+          Activations::float_bytes(heads, batch),
+          Activations::quantized_bytes(heads, batch),
+          Activations::float_bytes(hidden, routed),
+          Activations::quantized_bytes(hidden, routed),
+          (Attention::scratch_bytes(config) + 63) / 64 * 64,
+          (Ffn::scratch_bytes(config) + 63) / 64 * 64,
+          config.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config)};
+}
+
 }  // namespace
+
+Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
+  Status status = check(config);
+  if (status.is_ok()) status = check_neurons(config);
+  if (!status.is_ok()) return status;
+  memory->weight_bytes = Weights::resident_bytes_needed(config);
+  memory->kv_bytes = KvCache::bytes_needed(config);
+  for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
+  memory->load_bytes = config.threads * kLoadBytes;
+  if (!config.stream.enabled()) {
+    memory->weight_bytes += Weights::neuron_bytes_needed(config);
+    return status;
+  }
+  status = StreamedExperts::check_plans(config);
+  if (!status.is_ok()) return status;
+  memory->weight_bytes += StreamedExperts::weight_bytes_needed(config);
+  memory->scratch_bytes += StreamedExperts::scratch_bytes_needed(config);
+  return status;
+}
 
 Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
   Status status = check(config);
@@ -47,23 +90,7 @@ Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
 Status Engine::allocate() {
   Status status = cache_.allocate(config_);
   if (!status.is_ok()) return status;
-  const size_t batch = config_.batch_size;
-  const size_t hidden = config_.hidden_size;
-  const size_t heads = config_.query_size();
-  const size_t stream_bytes = Activations::float_bytes(hidden, batch);
-  const size_t routed = config_.expert_count > 1 ? batch : 0;
-  const size_t sizes[] = {stream_bytes,
-                          stream_bytes,
-                          Activations::float_bytes(hidden, batch),
-                          Activations::quantized_bytes(hidden, batch),
-                          Activations::float_bytes(heads, batch),
-                          Activations::quantized_bytes(heads, batch),
-                          Activations::float_bytes(hidden, routed),
-                          Activations::quantized_bytes(hidden, routed),
-                          (Attention::scratch_bytes(config_) + 63) / 64 * 64,
-                          (Ffn::scratch_bytes(config_) + 63) / 64 * 64,
-                          config_.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config_)};
-  constexpr size_t kPieces = sizeof sizes / sizeof sizes[0];
+  const std::array<size_t, kPieces> sizes = scratch_pieces(config_);
   size_t total = 0;
   for (const size_t size : sizes) total += size;
   status = scratch_.allocate(total, "scratch");
@@ -78,6 +105,8 @@ Status Engine::allocate() {
     return Activations(reinterpret_cast<float*>(pieces[floats]), reinterpret_cast<QuantizedGroup*>(pieces[floats + 1]),
                        length);
   };
+  const size_t hidden = config_.hidden_size;
+  const size_t heads = config_.query_size();
   pool_ = std::make_unique<ThreadPool>(config_.threads);
   hidden_ = reinterpret_cast<float*>(pieces[0]);
   update_ = reinterpret_cast<float*>(pieces[1]);
@@ -85,7 +114,7 @@ Status Engine::allocate() {
   attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
   if (config_.stream.enabled()) {
     std::unique_ptr<StreamedExperts> streamed;
-    status = StreamedExperts::open(config_, *kernels_, *pool_, &streamed);
+    status = StreamedExperts::open(config_, weights_, *kernels_, *pool_, &streamed);
     if (!status.is_ok()) return status;
     streamed_ = streamed.get();
     experts_ = std::move(streamed);

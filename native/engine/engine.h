@@ -34,8 +34,19 @@ struct EngineCounters {
   size_t scratch_bytes;
 };
 
+/** Bytes that an engine takes, each the number that its counters show once it is open. */
+struct EngineMemory {
+  size_t weight_bytes = 0;
+  size_t kv_bytes = 0;
+  size_t scratch_bytes = 0;
+  /** Only while it opens. */
+  size_t load_bytes = 0;
+};
+
 class Engine {
  public:
+  /** What `open` would allocate for a configuration. */
+  static Status memory_needed(const EngineConfig& config, EngineMemory* memory);
   /** Checks the configuration, loads and verifies the weights. Takes seconds for a large model. */
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 

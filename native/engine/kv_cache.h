@@ -24,23 +24,24 @@ class KvCache {
   };
 
   Status allocate(const EngineConfig& config) {
-    padded_dim_ = (config.head_dim + 15) / 16 * 16;
-    size_t total = 0;
-    std::vector<size_t> slots;
-    for (const size_t window : config.windows) {
-      const size_t ring = window == 0 ? config.context_length : window + config.batch_size;
-      slots.push_back(std::min(ring, config.context_length));
-      total += slots.back();
-    }
+    padded_dim_ = padded(config.head_dim);
     const size_t per_slot = config.kv_head_count * padded_dim_;
-    Status status = memory_.allocate(2 * 2 * total * per_slot, "the KV cache");
+    Status status = memory_.allocate(bytes_needed(config), "the KV cache");
     if (!status.is_ok()) return status;
     uint16_t* next = memory_.as<uint16_t>();
-    for (const size_t count : slots) {
+    for (const size_t window : config.windows) {
+      const size_t count = slots(config, window);
       layers_.push_back({next, next + count * per_slot, count});
       next += 2 * count * per_slot;
     }
     return Status::ok();
+  }
+
+  /** Bytes that `allocate` takes. */
+  static size_t bytes_needed(const EngineConfig& config) {
+    size_t total = 0;
+    for (const size_t window : config.windows) total += slots(config, window);
+    return 2 * sizeof(uint16_t) * total * config.kv_head_count * padded(config.head_dim);
   }
 
   const Layer& layer(size_t index) const { return layers_[index]; }
@@ -57,6 +58,11 @@ class KvCache {
   }
 
  private:
+  static size_t padded(size_t head_dim) { return (head_dim + 15) / 16 * 16; }
+  static size_t slots(const EngineConfig& config, size_t window) {
+    return std::min(window == 0 ? config.context_length : window + config.batch_size, config.context_length);
+  }
+
   HugeMemory memory_;
   std::vector<Layer> layers_;
   size_t padded_dim_ = 0;

@@ -34,21 +34,29 @@ size_t chunk_flash_bytes(const EngineConfig& config) {
 /** Most reads of one chunk. */
 size_t chunk_reads(const EngineConfig& config) { return kNeuronChunk + chunk_flash_bytes(config) / kMostReadBytes + 1; }
 
+/** Bytes and most reads of one of the two halves of staging memory. */
+size_t half_bytes(const EngineConfig& config) {
+  return page_up(std::max(config.stream.staging_bytes / 2, chunk_flash_bytes(config)));
+}
+size_t half_requests(const EngineConfig& config) { return half_bytes(config) / kPageBytes + chunk_reads(config); }
+
 size_t padded_hidden(const EngineConfig& config) { return group_count(config.hidden_size) * kGroup; }
 
 }  // namespace
 
 StreamedExperts::~StreamedExperts() = default;
 
-Status StreamedExperts::open(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool,
+Status StreamedExperts::open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                              std::unique_ptr<StreamedExperts>* result) {
   std::unique_ptr<StreamedExperts> experts(new StreamedExperts(config, kernels, pool));
   Status status = check_neurons(config);
+  if (status.is_ok()) status = check_plans(config);
+  if (status.is_ok()) status = experts->find_checksums(weights);
   if (status.is_ok()) status = experts->allocate();
   if (status.is_ok()) status = experts->load();
   if (status.is_ok()) {
-    status =
-        open_reader(config.neurons_path, config.stream.mode, config.stream.backend, config.stream.lanes, &experts->reader_);
+    status = open_reader(config.neurons_path, config.stream.mode, config.stream.backend, config.stream.lanes,
+                         config.stream.trial, &experts->reader_);
   }
   if (status.is_ok()) *result = std::move(experts);
   return status;
@@ -78,17 +86,17 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
 }
 
 size_t StreamedExperts::scratch_bytes_needed(const EngineConfig& config) {
-  const size_t half = std::max(config.stream.staging_bytes / 2, chunk_flash_bytes(config));
-  const size_t requests = 2 * (half / kPageBytes + chunk_reads(config));
   // The pointers that carve sets are dropped with this object.
   ThreadPool no_threads(1);
-  return 2 * half + requests * sizeof(ReadRequest) +
+  return 2 * half_bytes(config) + 2 * half_requests(config) * sizeof(ReadRequest) +
          StreamedExperts(config, scalar_kernels(), no_threads).carve(config, nullptr);
 }
 
-Status StreamedExperts::allocate() {
-  const EngineConfig& config = *config_;
-  row_bytes_ = row_bytes(config.ffn_encoding, config.hidden_size);
+size_t StreamedExperts::weight_bytes_needed(const EngineConfig& config) {
+  return NeuronCache::bytes_needed(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config));
+}
+
+Status StreamedExperts::check_plans(const EngineConfig& config) {
   if (config.stream.banks.size() != config.expert_offsets.size()) {
     return Status::argument("banks must have one entry a layer and expert");
   }
@@ -99,13 +107,31 @@ Status StreamedExperts::allocate() {
       return Status::argument("a bank's plan does not fit the model");
     }
   }
+  return Status::ok();
+}
+
+Status StreamedExperts::find_checksums(const Weights& weights) {
+  const std::vector<size_t>& offsets = config_->stream.checksum_offsets;
+  if (!offsets.empty() && offsets.size() != config_->expert_offsets.size()) {
+    return Status::argument("checksumOffsets must have one entry a layer and expert");
+  }
+  for (const size_t offset : offsets) {
+    const uint8_t* sums = weights.resident_at(*config_, offset, config_->neuron_count * 2 * sizeof(uint32_t));
+    if (sums == nullptr) return Status::argument("the extents do not hold the bundle checksums");
+    checksums_.push_back(sums);
+  }
+  return Status::ok();
+}
+
+Status StreamedExperts::allocate() {
+  const EngineConfig& config = *config_;
+  row_bytes_ = row_bytes(config.ffn_encoding, config.hidden_size);
   Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config));
-  const size_t half = page_down(std::max(config.stream.staging_bytes / 2, chunk_flash_bytes(config)) + kPageBytes - 1);
-  if (status.is_ok()) status = staging_.allocate(2 * half, "reads from flash");
+  if (status.is_ok()) status = staging_.allocate(2 * half_bytes(config), "reads from flash");
   if (status.is_ok()) status = scratch_.allocate(carve(config, nullptr), "scratch of streamed experts");
   if (!status.is_ok()) return status;
   carve(config, scratch_.data());
-  half_requests_ = half / kPageBytes + chunk_reads(config);
+  half_requests_ = half_requests(config);
   requests_ = std::make_unique<ReadRequest[]>(2 * half_requests_);
   thread_counters_ = std::make_unique<ThreadCounters[]>(config.threads);
   return status;
@@ -331,6 +357,20 @@ bool StreamedExperts::wait_for(const Round& round, size_t read, size_t thread) {
   return landed;
 }
 
+/** Whether bytes from flash are those that the converter wrote, as far as that is looked at. */
+bool StreamedExperts::is_sound(size_t bank, size_t neuron, size_t part, const uint8_t* bytes) {
+  if (checksums_.empty()) return true;
+  uint32_t expected;
+  std::memcpy(&expected, checksums_[bank] + (2 * neuron + part) * sizeof expected, sizeof expected);
+  if (crc32(bytes, part == 0 ? config_->layout.part1_bytes : config_->layout.part2_bytes, 0) == expected) return true;
+  const std::string expert =
+      config_->expert_count > 1 ? ", expert " + std::to_string(bank % config_->expert_count) : std::string();
+  failure_->meet(Status::checksum("layer " + std::to_string(bank / config_->expert_count) + expert + ", neuron " +
+                                  std::to_string(neuron) + " of " + config_->neurons_path +
+                                  ": the bytes read from flash do not match their checksum"));
+  return false;
+}
+
 /**
  * Waits for what the chunk reads, neuron by neuron, and makes rows of it: in the slots of neurons that will be kept, else in
  * the thread's landing memory, which the next chunk overwrites. A chunk without resident gates gets them here, and loses the
@@ -346,12 +386,16 @@ bool StreamedExperts::land_chunk(const ExpertJob& job, size_t bank, const Round&
     for (size_t i = 0; i < reads; i++) {
       if (!wait_for(round, read_of_[first] + i, thread)) return false;
     }
+    for (size_t entry = first; entry < first + count; entry++) {
+      if (!is_sound(bank, open_[entry], 0, part1_[entry])) return false;
+    }
     keep_firing(job, chunk, thread);
   }
   uint8_t* landing = landing_ + thread * kNeuronChunk * slot_bytes(*config_);
   for (size_t entry = first; entry < first + open_count_[chunk]; entry++) {
     if (staged_[entry] == nullptr) continue;
     if (!is_whole(bank, chunk) && !wait_for(round, read_of_[entry], thread)) return false;
+    if (!is_sound(bank, open_[entry], 1, staged_[entry])) return false;
     uint8_t* rows = slot_[entry] != NeuronCache::kNoSlot ? cache_.slot(bank, slot_[entry])
                                                          : landing + (entry - first) * slot_bytes(*config_);
     uint8_t* const places[3] = {nullptr, rows, rows + row_bytes_};

@@ -44,8 +44,10 @@ struct StreamCounters {
 class StreamedExperts : public Experts {
  public:
   /** Loads what stays in memory, opens the reader, allocates everything. */
-  static Status open(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool,
+  static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                      std::unique_ptr<StreamedExperts>* experts);
+  /** Whether the configuration's plan fits the model. */
+  static Status check_plans(const EngineConfig& config);
   ~StreamedExperts() override;
 
   Status run(const ExpertJob& job) override;
@@ -53,8 +55,9 @@ class StreamedExperts : public Experts {
   const StreamCounters& stream_counters() const { return stream_counters_; }
   std::string storage() const { return reader_->description(); }
   size_t weight_bytes() const { return cache_.bytes(); }
-  size_t scratch_bytes() const { return staging_.bytes() + scratch_.bytes(); }
-  /** Bytes that `open` will allocate beyond the cache. */
+  size_t scratch_bytes() const { return staging_.bytes() + scratch_.bytes() + 2 * half_requests_ * sizeof(ReadRequest); }
+  /** Bytes that `open` will allocate: the cache, and beyond it. */
+  static size_t weight_bytes_needed(const EngineConfig& config);
   static size_t scratch_bytes_needed(const EngineConfig& config);
 
  private:
@@ -77,6 +80,7 @@ class StreamedExperts : public Experts {
       : config_(&config), kernels_(&kernels), pool_(&pool) {}
   Status allocate();
   Status load();
+  Status find_checksums(const Weights& weights);
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
   void find_open(const ExpertJob& job, size_t bank);
@@ -88,6 +92,7 @@ class StreamedExperts : public Experts {
   void compute_round(const ExpertJob& job, size_t bank, const Round& round);
   void compute_part(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
   bool wait_for(const Round& round, size_t read, size_t thread);
+  bool is_sound(size_t bank, size_t neuron, size_t part, const uint8_t* bytes);
   bool land_chunk(const ExpertJob& job, size_t bank, const Round& round, size_t chunk, size_t thread);
   void keep_firing(const ExpertJob& job, size_t chunk, size_t thread);
   void activate_entries(const ExpertJob& job, size_t chunk, bool landed, size_t thread);
@@ -106,6 +111,7 @@ class StreamedExperts : public Experts {
   NeuronCache cache_;
   HugeMemory staging_;
   HugeMemory scratch_;
+  std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron; empty if reads are not compared
   std::unique_ptr<ReadRequest[]> requests_;  // two halves
   size_t half_requests_ = 0;
   size_t row_bytes_ = 0;

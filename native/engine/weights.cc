@@ -28,27 +28,24 @@ Status Weights::load_resident(const EngineConfig& config) {
   Status status = file.open(config.resident_path);
   if (status.is_ok()) status = check_extents(config, false, file);
   if (!status.is_ok()) return status;
-  std::vector<size_t> places(config.extents.size(), 0);
   size_t total = 0;
-  for (size_t i = 0; i < config.extents.size(); i++) {
-    if (config.extents[i].is_neurons) continue;
-    places[i] = total;
-    total += round_up(config.extents[i].bytes, kAlignment);
+  for (const ExtentConfig& extent : config.extents) {
+    places_.push_back(total);
+    if (!extent.is_neurons) total += round_up(extent.bytes, kAlignment);
   }
-  // Kernels may load a line past a row's scales: keep one page behind the last extent.
-  status = resident_.allocate(total + kAlignment, "resident weights");
+  status = resident_.allocate(resident_bytes_needed(config), "resident weights");
   if (!status.is_ok()) return status;
   status = load_extents(config, false, [&](size_t index) {
     const ExtentConfig& extent = config.extents[index];
-    uint8_t* place = resident_.data() + places[index];
+    uint8_t* place = resident_.data() + places_[index];
     uint32_t sum = 0;
     for (size_t done = 0; done < extent.bytes; done += kLoadBytes) {
       const size_t bytes = std::min(kLoadBytes, extent.bytes - done);
       Status read = file.read(extent.offset + done, bytes, place + done);
       if (!read.is_ok()) return read;
+      file.forget(extent.offset + done, bytes);
       sum = crc32(place + done, bytes, sum);
     }
-    file.forget(extent.offset, extent.bytes);
     return compare_checksum(extent, sum);
   });
   if (!status.is_ok()) return status;
@@ -60,18 +57,35 @@ Status Weights::load_resident(const EngineConfig& config) {
       return Status::argument(tensor.name + ": bytes do not match its shape");
     }
     if (tensor.offset % kTensorAlignment != 0) return Status::argument(tensor.name + ": not aligned");
-    bool found = false;
-    for (size_t i = 0; i < config.extents.size() && !found; i++) {
-      const ExtentConfig& extent = config.extents[i];
-      if (extent.is_neurons || tensor.offset < extent.offset) continue;
-      const size_t inside = tensor.offset - extent.offset;
-      if (inside > extent.bytes || tensor.bytes > extent.bytes - inside) continue;
-      tensors_[tensor.name] = {resident_.data() + places[i] + inside, tensor.encoding, tensor.rows, tensor.columns};
-      found = true;
-    }
-    if (!found) return Status::argument(tensor.name + ": in no extent");
+    const uint8_t* place = resident_at(config, tensor.offset, tensor.bytes);
+    if (place == nullptr) return Status::argument(tensor.name + ": in no extent");
+    tensors_[tensor.name] = {place, tensor.encoding, tensor.rows, tensor.columns};
   }
   return Status::ok();
+}
+
+const uint8_t* Weights::resident_at(const EngineConfig& config, size_t offset, size_t bytes) const {
+  for (size_t i = 0; i < config.extents.size(); i++) {
+    const ExtentConfig& extent = config.extents[i];
+    if (extent.is_neurons || offset < extent.offset) continue;
+    const size_t inside = offset - extent.offset;
+    if (inside <= extent.bytes && bytes <= extent.bytes - inside) return resident_.data() + places_[i] + inside;
+  }
+  return nullptr;
+}
+
+size_t Weights::resident_bytes_needed(const EngineConfig& config) {
+  // Kernels may load a line past a row's scales: one page is kept behind the last extent.
+  size_t total = kAlignment;
+  for (const ExtentConfig& extent : config.extents) {
+    if (!extent.is_neurons) total += round_up(extent.bytes, kAlignment);
+  }
+  return total;
+}
+
+size_t Weights::neuron_bytes_needed(const EngineConfig& config) {
+  const size_t row = row_bytes(config.ffn_encoding, config.hidden_size);
+  return config.expert_offsets.size() * config.layout.matrices * config.neuron_count * row + kAlignment;
 }
 
 Status Weights::load_neurons(const EngineConfig& config) {
@@ -81,7 +95,7 @@ Status Weights::load_neurons(const EngineConfig& config) {
   if (!status.is_ok()) return status;
   const size_t matrix_bytes = config.neuron_count * row;
   const size_t expert_bytes = layout.matrices * matrix_bytes;
-  status = neurons_.allocate(config.expert_offsets.size() * expert_bytes + kAlignment, "neurons");
+  status = neurons_.allocate(neuron_bytes_needed(config), "neurons");
   if (!status.is_ok()) return status;
 
   layers.resize(config.layer_count);

@@ -60,6 +60,12 @@ class Weights {
   Matrix output_norm, output_norm_bias;
   Matrix head;  // the embedding, when tied
 
+  /** Memory of `bytes` bytes at `offset` of resident.bin, or null if they were not loaded. */
+  const uint8_t* resident_at(const EngineConfig& config, size_t offset, size_t bytes) const;
+
+  /** Bytes that `load` takes for resident.bin, and for all neurons unless they are streamed. */
+  static size_t resident_bytes_needed(const EngineConfig& config);
+  static size_t neuron_bytes_needed(const EngineConfig& config);
   size_t bytes() const { return resident_.bytes() + neurons_.bytes(); }
 
  private:
@@ -67,6 +73,7 @@ class Weights {
   Status load_neurons(const EngineConfig& config);
   Status bind(const EngineConfig& config);
 
+  std::vector<size_t> places_;  // (extent): where it begins in resident_
   HugeMemory resident_;
   HugeMemory neurons_;
   std::unordered_map<std::string, Matrix> tensors_;

@@ -49,13 +49,32 @@ class Reader {
 enum class ReadMode { kDirect, kBuffered };
 enum class ReadBackend { kThreads, kUring };
 
+/** Trouble that a test asks for. Reads are numbered from 1 in the order of their submission; 0 is none. */
+struct ReaderTrial {
+  size_t fail_read = 0;   // this read fails with EIO
+  size_t short_read = 0;  // the file ends inside this read
+  size_t delay_us = 0;    // every read takes this long, one after another
+
+  bool enabled() const { return fail_read > 0 || short_read > 0 || delay_us > 0; }
+};
+
 /**
  * Opens `path` for random reads. Direct I/O is tried and verified by reading one page both ways; where the file system
  * refuses it or lies, the reader is buffered and `description` says so. `lanes`: reads under way at once (threads of the
  * pool).
  */
-Status open_reader(const std::string& path, ReadMode mode, ReadBackend backend, size_t lanes,
+Status open_reader(const std::string& path, ReadMode mode, ReadBackend backend, size_t lanes, const ReaderTrial& trial,
                    std::unique_ptr<Reader>* reader);
+
+/**
+ * Reads what is missing behind the first `done` bytes of a request; the state it ends in. Without direct I/O the kernel is
+ * told to forget the pages: what is worth keeping has its place in the neuron cache, and a budget of memory includes page
+ * cache.
+ */
+uint32_t read_rest(int descriptor, bool direct, const ReadRequest& request, size_t done);
+
+/** Sleeps until a request is done, after a few microseconds of looking. For readers that notify. */
+Status wait_notified(ReadRequest& request, const std::string& path);
 
 /** The words for a request that is done but not with kDone. */
 Status read_failure(const ReadRequest& request, const std::string& path);

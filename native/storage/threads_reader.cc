@@ -2,29 +2,11 @@
 
 #include <unistd.h>
 
-#include <cerrno>
-
 namespace pi2 {
 namespace {
 
 /** Requests that may wait at once; a submission beyond it waits for room. */
 constexpr size_t kRingSize = 4096;
-/** A wait spins this often, a few microseconds, before it sleeps. */
-constexpr int kSpins = 200;
-
-uint32_t read_whole(int descriptor, const ReadRequest& request) {
-  size_t done = 0;
-  while (done < request.bytes) {
-    const ssize_t got =
-        pread(descriptor, request.buffer + done, request.bytes - done, static_cast<off_t>(request.offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return ReadRequest::kFailed + static_cast<uint32_t>(errno);
-    if (got == 0) return ReadRequest::kFailed;
-    done += static_cast<size_t>(got);
-  }
-  return ReadRequest::kDone;
-}
-
 }  // namespace
 
 ThreadsReader::ThreadsReader(int descriptor, std::string path, bool direct, size_t lanes)
@@ -68,24 +50,9 @@ void ThreadsReader::serve() {
       waiting_--;
     }
     // Release: whoever sees the state sees the bytes.
-    request->state.store(read_whole(descriptor_, *request), std::memory_order_release);
+    request->state.store(read_rest(descriptor_, direct_, *request, 0), std::memory_order_release);
     request->state.notify_all();
   }
-}
-
-Status ThreadsReader::wait(ReadRequest& request) {
-  uint32_t state = request.state.load(std::memory_order_acquire);
-  for (int spin = 0; state == ReadRequest::kPending && spin < kSpins; spin++) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-    state = request.state.load(std::memory_order_acquire);
-  }
-  while (state == ReadRequest::kPending) {
-    request.state.wait(ReadRequest::kPending, std::memory_order_acquire);
-    state = request.state.load(std::memory_order_acquire);
-  }
-  return state == ReadRequest::kDone ? Status::ok() : read_failure(request, path_);
 }
 
 std::string ThreadsReader::description() const {

@@ -19,7 +19,7 @@ class ThreadsReader : public Reader {
   ~ThreadsReader() override;
 
   void submit(ReadRequest* requests, size_t count) override;
-  Status wait(ReadRequest& request) override;
+  Status wait(ReadRequest& request) override { return wait_notified(request, path_); }
   std::string description() const override;
 
  private:

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
@@ -31,7 +32,9 @@ bool UringReader::set_up() {
   io_uring_params params;
   std::memset(&params, 0, sizeof params);
   ring_ = static_cast<int>(syscall(__NR_io_uring_setup, kEntries, &params));
-  if (ring_ < 0 || (params.features & IORING_FEAT_SINGLE_MMAP) == 0) return false;
+  // Reads without vectors came in the same kernel as the second feature.
+  constexpr uint32_t kNeeded = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_RW_CUR_POS;
+  if (ring_ < 0 || (params.features & kNeeded) != kNeeded) return false;
   entries_ = params.sq_entries;
   rings_bytes_ = std::max<size_t>(params.sq_off.array + params.sq_entries * sizeof(uint32_t),
                                   params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe));
@@ -71,8 +74,15 @@ void UringReader::enter(uint32_t submitted, bool sleep) {
   while (true) {
     const long result =
         syscall(__NR_io_uring_enter, ring_, submitted, sleep ? 1u : 0u, sleep ? IORING_ENTER_GETEVENTS : 0u, nullptr, 0);
-    if (result >= 0 || (errno != EINTR && errno != EAGAIN && errno != EBUSY)) return;
-    if (errno != EINTR) reap();
+    if (result >= 0) {
+      // The kernel may take some entries only; what is left would wait for ever.
+      submitted -= std::min(submitted, static_cast<uint32_t>(result));
+      if (submitted == 0) return;
+    } else if (errno == EAGAIN || errno == EBUSY) {
+      reap();
+    } else if (errno != EINTR) {
+      return;
+    }
   }
 }
 
@@ -116,19 +126,8 @@ size_t UringReader::reap() {
 }
 
 void UringReader::finish(ReadRequest& request, int32_t result) {
-  uint32_t state = ReadRequest::kDone;
-  if (result < 0) state = ReadRequest::kFailed + static_cast<uint32_t>(-result);
-  size_t done = result > 0 ? static_cast<size_t>(result) : 0;
-  while (result >= 0 && done < request.bytes) {
-    const ssize_t got =
-        pread(descriptor_, request.buffer + done, request.bytes - done, static_cast<off_t>(request.offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) {
-      state = ReadRequest::kFailed + (got < 0 ? static_cast<uint32_t>(errno) : 0u);
-      break;
-    }
-    done += static_cast<size_t>(got);
-  }
+  const uint32_t state = result < 0 ? ReadRequest::kFailed + static_cast<uint32_t>(-result)
+                                    : read_rest(descriptor_, direct_, request, static_cast<size_t>(result));
   request.state.store(state, std::memory_order_release);
 }
 

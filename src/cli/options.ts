@@ -1,15 +1,19 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
-import { nearestName } from '../base/error.js';
+import { nearestName, Pi2Error } from '../base/error.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
-import type { EngineOptions } from '../engine/engine.js';
+import { type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
 import { SAMPLING_DEFAULTS, type SamplingOptions } from '../engine/sampler.js';
 import { LIMITS } from '../format/hyperparameters.js';
+import { type MemoryLimit, parseMemoryLimit } from '../plan/memory-limit.js';
 
 /** Options of every command that opens an engine. */
 export interface EngineFlags {
   ctxSize: number;
   threads: number;
   cpu?: KernelSet;
+  memory?: MemoryLimit;
+  loadMode: LoadMode;
+  verifyReads?: boolean;
 }
 
 /** Options of every command that chooses tokens. */
@@ -32,15 +36,26 @@ export function addModelOption(command: Command): Command {
   return command.requiredOption('-m, --model <NAME.pi2>', 'model directory that convert made');
 }
 
-/** Adds `-c`, `-t` and `--cpu`. */
+/** Adds `-c`, `-t`, `--cpu`, `--memory`, `--load-mode` and `--verify-reads`. */
 export function addEngineOptions(
   command: Command,
   contextHelp = 'positions of the KV cache; 0 is the model’s own',
 ): Command {
   const context = new Option('-c, --ctx-size <n>', contextHelp).argParser(parseInteger(0, LIMITS.context));
   const threads = new Option('-t, --threads <n>', 'threads; 0 is all cores').argParser(parseInteger(0, THREADS_MAX));
-  const cpu = new Option('--cpu <set>', `force a kernel set: ${KERNEL_SETS.join(', ')}`).argParser(parseKernelSet);
-  return command.addOption(context.default(0)).addOption(threads.default(0)).addOption(cpu);
+  const cpu = new Option('--cpu <set>', `force a kernel set: ${KERNEL_SETS.join(', ')}`).argParser(
+    parseName(KERNEL_SETS),
+  );
+  const memory = new Option(
+    '--memory <size>',
+    'memory of the whole process: 3G, 50% of the machine, or min; default: what is available',
+  ).argParser(parseMemory);
+  const modes = LOAD_MODES.join(', ');
+  const loadMode = new Option('--load-mode <mode>', `where neurons are: ${modes}`).argParser(parseName(LOAD_MODES));
+  const verify = new Option('--verify-reads', 'compare the checksum of every neuron read from flash');
+  const options = [context.default(0), threads.default(0), cpu, memory, loadMode.default('auto'), verify];
+  for (const option of options) command.addOption(option);
+  return command;
 }
 
 /** Adds the options of sampling, with llama.cpp's names, meanings and defaults. */
@@ -70,6 +85,9 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     context: flags.ctxSize,
     threads: flags.threads,
     ...(flags.cpu === undefined ? {} : { kernelSet: flags.cpu }),
+    ...(flags.memory === undefined ? {} : { memory: flags.memory }),
+    loadMode: flags.loadMode,
+    verifyReads: flags.verifyReads === true,
   };
 }
 
@@ -117,11 +135,22 @@ export function parseTokens(text: string): number[] {
   });
 }
 
-function parseKernelSet(text: string): KernelSet {
-  const known = KERNEL_SETS.find((set) => set === text);
-  if (known) return known;
-  const nearest = nearestName(text, KERNEL_SETS);
-  throw new InvalidArgumentError(
-    `Expected one of ${KERNEL_SETS.join(', ')}.${nearest ? `\n(Did you mean ${nearest}?)` : ''}`,
-  );
+function parseMemory(text: string): MemoryLimit {
+  try {
+    return parseMemoryLimit(text);
+  } catch (error) {
+    if (!(error instanceof Pi2Error)) throw error;
+    throw new InvalidArgumentError(`${error.message}: ${error.hint}.`);
+  }
+}
+
+/** A parser of one of some names. */
+function parseName<Name extends string>(names: readonly Name[]): (text: string) => Name {
+  return (text) => {
+    const known = names.find((name) => name === text);
+    if (known) return known;
+    const nearest = nearestName(text, names);
+    const hint = nearest ? `\n(Did you mean ${nearest}?)` : '';
+    throw new InvalidArgumentError(`Expected one of ${names.join(', ')}.${hint}`);
+  };
 }

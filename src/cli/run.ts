@@ -6,7 +6,7 @@ import { chooseContext, Engine } from '../engine/engine.js';
 import { Generation, requirePrompt } from '../engine/generate.js';
 import { seededRandom } from '../engine/random.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
-import { formatMs } from '../report/format.js';
+import { formatMs, formatShare } from '../report/format.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
 import { readTextFile } from '../text/text-file.js';
 import { TokenStream } from '../text/token-stream.js';
@@ -192,6 +192,12 @@ function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
   log(
     `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
   );
+  if (engine.storage !== 'resident') {
+    const gates = formatShare(engine.gatesResidentShare);
+    log(
+      `neurons from flash: ${engine.storage}; ${gates} of the gates in memory, budget ${formatBytes(engine.budgetBytes)}`,
+    );
+  }
   if (engine.contextLength > h.context_length) {
     log(`warning: the model was trained on ${h.context_length} positions; text beyond them gets worse`);
   }

@@ -96,7 +96,7 @@ export interface NativeExtent {
 
 /**
  * How neurons are kept when not all of them are in memory; docs/ARCHITECTURE.md. Three numbers for each bank (layer and
- * expert, layer-major): neurons whose gates stay in memory (a multiple of 64, or all), neurons whose up and down stay (the
+ * expert, layer-major): neurons whose gates stay in memory (a multiple of 128, or all), neurons whose up and down stay (the
  * hottest, at most resident gates), and slots for others that come and go.
  */
 export interface StreamRequest {
@@ -109,6 +109,21 @@ export interface StreamRequest {
   backend: 'threads' | 'uring';
   /** Reads under way at once (threads). */
   lanes: number;
+  /**
+   * Where in `resident.bin` each bank's bundle checksums are; their extents must be among `extents`. Absent: bytes read from
+   * flash are not compared. A wrong one fails the step with `NATIVE_CHECKSUM`, naming layer and neuron.
+   */
+  checksumOffsets?: number[];
+  /** Trouble that tests ask for. Reads are numbered from 1; that one fails with EIO, or ends early; every read takes a delay. */
+  trial?: { failRead?: number; shortRead?: number; delayUs?: number };
+}
+
+/** Bytes that opening a request takes: what its counters show once it is open, and memory needed only while it opens. */
+export interface EngineMemory {
+  weightBytes: number;
+  kvBytes: number;
+  scratchBytes: number;
+  loadBytes: number;
 }
 
 /** What streaming cost since open; absent when all neurons are resident. */
@@ -235,6 +250,8 @@ export interface NativeAddon {
     layout: EngineRequest['layout'];
     threads: number;
   }): Promise<Uint32Array>;
+  /** What `openEngine` would take. The one place that knows: plans are made by asking it. */
+  memoryNeeded(request: EngineRequest): EngineMemory;
   openEngine(request: EngineRequest): Promise<NativeEngine>;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;

@@ -1,18 +1,26 @@
-import os from 'node:os';
-import { formatBytes } from '../base/bytes.js';
 import { Pi2Error } from '../base/error.js';
 import { expertCount } from '../format/hyperparameters.js';
-import { RESIDENT_FILE } from '../format/manifest.js';
+import { type Extent, RESIDENT_FILE } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
+import { budgetBytes, describeLimit, type MemoryLimit } from '../plan/memory-limit.js';
+import {
+  leastMemory,
+  type MemoryPlan,
+  type MemoryQuestion,
+  planMemory,
+  type StreamShape,
+} from '../plan/memory-plan.js';
 import { loadAddon } from './addon.js';
 import type {
   EngineCounters,
+  EngineMemory,
   EngineRequest,
   KernelSet,
   NativeAddon,
   NativeEngine,
   NativeExtent,
   NativeTensor,
+  StreamRequest,
 } from './contract.js';
 import { ropeFrequencies } from './rope.js';
 
@@ -28,7 +36,29 @@ export interface EngineOptions {
   /** 0 takes the cores this process may run on. */
   threads: number;
   kernelSet?: KernelSet;
+  /** Memory of the whole process; absent: what the machine can give today. */
+  memory?: MemoryLimit;
+  /** Default `auto`. */
+  loadMode?: LoadMode;
+  /** Compares the checksum of every bundle that is read from flash while computing. */
+  verifyReads?: boolean;
 }
+
+/**
+ * `auto` keeps every neuron in memory if that fits, and else streams them as `direct` does. `direct` and `buffered` always
+ * stream: past the page cache (where the file system allows it), or through it.
+ */
+export const LOAD_MODES = ['auto', 'resident', 'direct', 'buffered'] as const;
+export type LoadMode = (typeof LOAD_MODES)[number];
+
+/** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
+const RESERVE_BYTES = 48 * 1024 * 1024;
+/** The least that a message names is this much more: a process is not as large every time. */
+const SLACK_BYTES = 8 * 1024 * 1024;
+/** Reads under way at once, where a pool of threads does them. */
+const READ_LANES = 4;
+/** Two CRC-32 a neuron. */
+const CHECKSUM_BYTES = 8;
 
 /** What generation, evaluation and perplexity need of an engine. */
 export interface StepEngine {
@@ -50,10 +80,25 @@ export class Engine implements StepEngine {
   readonly cpuFeatures: readonly string[];
   /** From the call of `open` to the model being ready. */
   readonly loadMs: number;
+  /** Memory that the whole process was to stay within. With `min`, what that came to. */
+  readonly budgetBytes: number;
+  /** How weights are really held: `resident`, or how neurons are read, e.g. `direct, io_uring`. */
+  readonly storage: string;
+  /** Of all gates, those that are in memory. */
+  readonly gatesResidentShare: number;
   readonly #native: NativeEngine;
 
-  private constructor(native: NativeEngine, request: EngineRequest, cpuFeatures: readonly string[], loadMs: number) {
+  private constructor(
+    native: NativeEngine,
+    request: EngineRequest,
+    budgetBytes: number,
+    cpuFeatures: readonly string[],
+    loadMs: number,
+  ) {
     this.#native = native;
+    this.budgetBytes = budgetBytes;
+    this.storage = native.counters().stream?.storage ?? 'resident';
+    this.gatesResidentShare = gatesResidentShare(request);
     this.contextLength = request.contextLength;
     this.vocabSize = request.vocabSize;
     this.threads = request.threads;
@@ -64,7 +109,7 @@ export class Engine implements StepEngine {
 
   /**
    * Loads a model. Throws `Pi2Error`: E_USAGE for a context the model cannot have, E_CPU for kernels this CPU cannot run,
-   * E_MEMORY when weights and KV cache do not fit, E_IO when a file cannot be read.
+   * E_MEMORY when the budget is too little, E_IO when a file cannot be read.
    */
   static async open(model: ModelDirectory, options: EngineOptions, addon: NativeAddon = loadAddon()): Promise<Engine> {
     const start = performance.now();
@@ -75,11 +120,11 @@ export class Engine implements StepEngine {
       throw new Pi2Error('E_CPU', `this CPU cannot run ${kernelSet} kernels`, `it can run: ${known}`);
     }
     const contextLength = chooseContext(model, options.context);
-    requireMemory(model, contextLength, availableMemory());
-    const request = engineRequest(model, contextLength, options.threads || cpu.cores, kernelSet);
+    const resident = engineRequest(model, contextLength, options.threads || cpu.cores, kernelSet);
+    const { request, budget } = withMemoryPlan(model, resident, options, addon);
     try {
       const native = await addon.openEngine(request);
-      return new Engine(native, request, cpu.features, performance.now() - start);
+      return new Engine(native, request, budget, cpu.features, performance.now() - start);
     } catch (error) {
       throw nativeError(error, `open ${model.path}`);
     }
@@ -116,41 +161,76 @@ export function chooseContext(model: ModelDirectory, asked: number): number {
   return asked;
 }
 
-/** Bytes of the KV cache for each position: keys and values as half floats. */
-export function kvBytesPerToken(model: ModelDirectory): number {
-  const h = model.manifest.hyperparameters;
-  return h.layer_count * 2 * h.kv_head_count * h.head_dim * 2;
+/** The request with what is kept in memory decided, and the budget that was kept to. */
+function withMemoryPlan(
+  model: ModelDirectory,
+  resident: EngineRequest,
+  options: EngineOptions,
+  addon: NativeAddon,
+): { request: EngineRequest; budget: number } {
+  const { loadMode = 'auto', memory } = options;
+  const bankCount = resident.expertOffsets.length;
+  const streamed = (shape: StreamShape) => streamedRequest(model, resident, shape, options);
+  const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
+  const question: MemoryQuestion = {
+    bankCount,
+    neuronCount: resident.neuronCount,
+    budgetBytes: budgetBytes(memory, processBytes),
+    processBytes,
+    mode: loadMode === 'auto' || loadMode === 'resident' ? loadMode : 'stream',
+    measure: (shape) => sumOfBytes(addon.memoryNeeded(shape === undefined ? resident : streamed(shape))),
+  };
+  if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
+  const plan = planMemory(question);
+  if (plan.kind === 'too_little') throw tooLittle(model, resident, options, question.budgetBytes, plan);
+  const request = plan.kind === 'resident' ? resident : streamed(plan.shape);
+  return { request, budget: question.budgetBytes };
 }
 
-/** Refuses, with the context that would fit, what would end in swap or a kill. */
-export function requireMemory(model: ModelDirectory, contextLength: number, availableBytes: number): void {
-  const weightBytes = model.manifest.extents.reduce((sum, extent) => sum + extent.bytes, 0);
-  const kvBytes = kvBytesPerToken(model) * contextLength;
-  if (weightBytes + kvBytes <= availableBytes) return;
-  const room = Math.floor((availableBytes - weightBytes) / kvBytesPerToken(model));
-  const available = `${formatBytes(availableBytes)} of memory are available`;
-  if (room < 1) {
-    throw new Pi2Error(
-      'E_MEMORY',
-      `the weights of ${model.path} take ${formatBytes(weightBytes)}, ${available}`,
-      'close other programs, or convert with fewer bits: --quant q4',
-    );
-  }
-  throw new Pi2Error(
+function streamedRequest(
+  model: ModelDirectory,
+  resident: EngineRequest,
+  shape: StreamShape,
+  options: EngineOptions,
+): EngineRequest {
+  const mode = options.loadMode === 'buffered' ? 'buffered' : 'direct';
+  const stream: StreamRequest = { ...shape, mode, backend: 'uring', lanes: READ_LANES };
+  if (!options.verifyReads) return { ...resident, stream };
+  const { neuron_count, layer_count } = model.manifest.hyperparameters;
+  const experts = resident.expertCount;
+  stream.checksumOffsets = Array.from({ length: layer_count * experts }, (_, bank) => {
+    const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.checksums`);
+    return offset + (bank % experts) * neuron_count * CHECKSUM_BYTES;
+  });
+  return { ...resident, extents: model.manifest.extents.map(nativeExtent), stream };
+}
+
+function sumOfBytes(memory: EngineMemory): number {
+  return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.loadBytes;
+}
+
+function gatesResidentShare({ stream, neuronCount }: EngineRequest): number {
+  if (stream === undefined) return 1;
+  const gates = stream.residentGates.reduce((sum, count) => sum + count, 0);
+  return gates / (stream.residentGates.length * neuronCount);
+}
+
+/** Refuses, with the least that would do, what would end in swap or a kill. */
+function tooLittle(
+  model: ModelDirectory,
+  { contextLength }: EngineRequest,
+  { loadMode = 'auto', memory }: EngineOptions,
+  budget: number,
+  { leastBytes }: MemoryPlan & { kind: 'too_little' },
+): Pi2Error {
+  const least = `${Math.ceil((leastBytes + SLACK_BYTES) / 2 ** 20)}M`;
+  const resident = loadMode === 'resident' ? ' with all weights in memory' : '';
+  const streamHint = loadMode === 'resident' ? ', leave --load-mode out' : '';
+  return new Pi2Error(
     'E_MEMORY',
-    `weights and a context of ${contextLength} take ${formatBytes(weightBytes + kvBytes)}, ${available}`,
-    `give a smaller context: -c ${room} would fit`,
+    `${model.path}${resident} and a context of ${contextLength} take ${least}, ${describeLimit(memory, budget)}`,
+    `the least that would do: --memory ${least}; or a smaller context with -c${streamHint}`,
   );
-}
-
-/**
- * Memory this process can still take: what the kernel calls available, under the limit of its control group. Page cache does
- * not count as taken, unlike in `process.availableMemory`.
- */
-function availableMemory(): number {
-  const limit = process.constrainedMemory();
-  const left = limit > 0 ? limit - process.memoryUsage.rss() : Number.POSITIVE_INFINITY;
-  return Math.min(os.freemem(), left);
 }
 
 function engineRequest(
@@ -206,14 +286,12 @@ function nativeTensors(model: ModelDirectory): NativeTensor[] {
 
 /** What is loaded and checked: all but the bundle checksums, which are for bundles that are read one by one. */
 function nativeExtents(model: ModelDirectory): NativeExtent[] {
-  const extents = model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums'));
-  return extents.map(({ name, file, offset, bytes, crc32 }) => ({
-    name,
-    file: file === RESIDENT_FILE ? 'resident' : 'neurons',
-    offset,
-    bytes,
-    crc32: Number.parseInt(crc32, 16),
-  }));
+  return model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums')).map(nativeExtent);
+}
+
+function nativeExtent({ name, file, offset, bytes, crc32 }: Extent): NativeExtent {
+  const kind = file === RESIDENT_FILE ? 'resident' : 'neurons';
+  return { name, file: kind, offset, bytes, crc32: Number.parseInt(crc32, 16) };
 }
 
 /** The manifest's layout as the addon takes it. */

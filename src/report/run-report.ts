@@ -8,12 +8,13 @@ import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
 import { formatMs, formatShare, formatTable } from './format.js';
 import { summarize } from './statistics.js';
+import { type StreamReport, streamLines, streamReport } from './stream-report.js';
 
 /**
  * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
  * latency without a second token.
  */
-export interface RunReport {
+export interface RunReport extends StreamReport {
   type: 'report';
   model: string;
   family: string;
@@ -32,7 +33,15 @@ export interface RunReport {
   token_latency_ms_p50: number | null;
   token_latency_ms_p90: number | null;
   token_latency_ms_p99: number | null;
+  /** How neurons are really held: all in memory, or read past the page cache or through it. */
+  load_mode: string;
+  /** The same with the means: `resident`, or for example `direct, io_uring`. */
+  storage: string;
+  /** Memory that the whole process was to stay within, and the most it had. */
+  memory_budget_bytes: number;
   peak_memory_bytes: number;
+  /** Of all gates, those that are in memory. */
+  gates_resident_share: number;
   weight_bytes: number;
   kv_cache_bytes: number;
   scratch_bytes: number;
@@ -50,7 +59,17 @@ export interface RunReport {
 
 export interface RunFacts {
   manifest: Manifest;
-  engine: Pick<Engine, 'contextLength' | 'threads' | 'kernelSet' | 'cpuFeatures' | 'loadMs'>;
+  engine: Pick<
+    Engine,
+    | 'contextLength'
+    | 'threads'
+    | 'kernelSet'
+    | 'cpuFeatures'
+    | 'loadMs'
+    | 'budgetBytes'
+    | 'storage'
+    | 'gatesResidentShare'
+  >;
   timings: GenerationTimings;
   stopReason: StopReason;
   seed: number;
@@ -65,6 +84,7 @@ export function runReport(facts: RunFacts): RunReport {
   const latency = summarize(timings.latenciesMs);
   const decodeSteps = timings.latenciesMs.length;
   const decodeBytes = counters.weightBytesRead - facts.countersAfterPrompt.weightBytesRead;
+  const decodeMs = timings.latenciesMs.reduce((sum, latency) => sum + latency, 0);
   const decodedTokens = counters.tokens - facts.countersAfterPrompt.tokens;
   return {
     type: 'report',
@@ -84,12 +104,17 @@ export function runReport(facts: RunFacts): RunReport {
     token_latency_ms_p50: latency.p50,
     token_latency_ms_p90: latency.p90,
     token_latency_ms_p99: latency.p99,
+    load_mode: engine.storage.split(',')[0],
+    storage: engine.storage,
+    memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
+    gates_resident_share: engine.gatesResidentShare,
     weight_bytes: counters.weightBytes,
     kv_cache_bytes: counters.kvBytes,
     scratch_bytes: counters.scratchBytes,
     weight_bytes_per_token: decodedTokens > 0 ? Math.round(decodeBytes / decodedTokens) : null,
     neurons_fired_share: counters.neuronsSeen > 0 ? counters.neuronsFired / counters.neuronsSeen : null,
+    ...streamReport(facts.countersAfterPrompt, counters, decodeMs, engine.threads),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
     cpu_features: [...engine.cpuFeatures],
@@ -114,7 +139,12 @@ export function formatRunReport(report: RunReport): string {
         `P90 ${time(report.token_latency_ms_p90)}, P99 ${time(report.token_latency_ms_p99)}`,
     ],
     ['load', formatMs(report.load_ms)],
-    ['peak memory', `${formatBytes(report.peak_memory_bytes)} (${memory})`],
+    [
+      'peak memory',
+      `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
+    ],
+    ['load mode', `${report.storage}, ${formatShare(report.gates_resident_share)} of the gates in memory`],
+    ...streamLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
     ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
