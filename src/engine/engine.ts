@@ -121,8 +121,8 @@ export class Engine implements StepEngine {
     }
     const contextLength = chooseContext(model, options.context);
     const resident = engineRequest(model, contextLength, options.threads || cpu.cores, kernelSet);
-    const { request, budget } = withMemoryPlan(model, resident, options, addon);
     try {
+      const { request, budget } = withMemoryPlan(model, resident, options, addon);
       const native = await addon.openEngine(request);
       return new Engine(native, request, budget, cpu.features, performance.now() - start);
     } catch (error) {
