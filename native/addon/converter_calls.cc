@@ -70,7 +70,10 @@ Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
     } else {
       const Napi::Uint32Array array = order.As<Napi::Uint32Array>();
       request.order = array.Data();
-      vector_end = vectors == 0 ? 0 : *std::max_element(array.Data(), array.Data() + vectors) + size_t{1};
+      vector_end = 0;
+      for (size_t i = 0; i < vectors; i++) {
+        if (array[i] != kSkipped) vector_end = std::max(vector_end, array[i] + size_t{1});
+      }
       kept.push_back(array);
     }
   }

@@ -31,22 +31,29 @@ struct EngineCounters {
   size_t scratch_bytes;
 };
 
+/** What a step writes down besides logits, as bits that are set; null: nothing. */
+struct FiringRecord {
+  uint8_t* fired = nullptr;   // (token, layer, expert, neuron): fired_bytes_per_token() for each token
+  uint8_t* routed = nullptr;  // (token, layer, expert): routed_bytes_per_token() for each token
+};
+
 class Engine {
  public:
   /** Checks the configuration, loads and verifies the weights. Takes seconds for a large model. */
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 
   /**
-   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps. `logits`
-   * gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons fired:
-   * fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
+   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. `record` gets which neurons fired and which
+   * experts were used.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits);
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, FiringRecord record);
 
   const char* kernel_set() const { return kernels_->name; }
   size_t fired_bytes_per_token() const {
     return config_.layer_count * config_.expert_count * fired_bytes(config_.neuron_count);
   }
+  size_t routed_bytes_per_token() const { return config_.layer_count * routed_bytes(config_.expert_count); }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
 
@@ -58,7 +65,7 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  void run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
+  void run_layer(size_t index, size_t count, size_t position, FiringRecord record);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;

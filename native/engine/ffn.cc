@@ -93,6 +93,7 @@ void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens
   expert_index_ = 0;
   for (size_t t = 0; t < tokens; t++) std::memset(out + t * out_stride, 0, out_stride * sizeof(float));
   if (config_->expert_count == 1) {
+    for (size_t t = 0; routed_bits_ != nullptr && t < tokens; t++) routed_bits_[t * routed_stride_] = 1;
     run_expert(layer.experts[0], layer, x, tokens, nullptr, out, out_stride);
   } else {
     route(layer, x, tokens);
@@ -102,6 +103,7 @@ void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens
       for (size_t t = 0; t < tokens; t++) {
         const float share = shares_[e * config_->batch_size + t];
         if (share == 0.0f) continue;
+        if (routed_bits_ != nullptr) routed_bits_[t * routed_stride_ + e / 8] |= static_cast<uint8_t>(1u << (e % 8));
         tokens_[count] = static_cast<uint32_t>(t);
         token_shares_[count] = share;
         std::memcpy(routed_.token(count), x.token(t), stride * sizeof(float));

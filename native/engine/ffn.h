@@ -15,6 +15,9 @@ struct FfnCounters {
 /** Bytes of one token's fired bits of one expert. */
 constexpr size_t fired_bytes(size_t neurons) { return (neurons + 7) / 8; }
 
+/** Bytes of one token's routed bits of one layer. */
+constexpr size_t routed_bytes(size_t experts) { return (experts + 7) / 8; }
+
 /**
  * The FFN of one layer, dense or a mixture of experts, exact: every gate is computed, up rows and down columns only of
  * neurons that fire (paper section 1.1).
@@ -36,6 +39,15 @@ class Ffn {
    */
   void compute(const LayerWeights& weights, const Activations& x, size_t tokens, float* out, size_t out_stride,
                uint8_t* fired_bits, size_t fired_stride);
+
+  /**
+   * Whether the next computations also say where tokens are routed: bit e of token t's bytes at bits + t * stride is set for
+   * every expert e that it uses. Null: they do not.
+   */
+  void record_routes(uint8_t* bits, size_t stride) {
+    routed_bits_ = bits;
+    routed_stride_ = stride;
+  }
 
   const FfnCounters& counters() const { return counters_; }
 
@@ -76,6 +88,8 @@ class Ffn {
   Activations routed_;
   uint8_t* fired_bits_ = nullptr;  // of this layer, or null
   size_t fired_stride_ = 0;
+  uint8_t* routed_bits_ = nullptr;  // of this layer, or null
+  size_t routed_stride_ = 0;
   size_t expert_index_ = 0;
   FfnCounters counters_;
 };

@@ -30,6 +30,14 @@ export interface EngineOptions {
   kernelSet?: KernelSet;
 }
 
+/** Buffers for what a step tells besides logits; see `StepRequest`. */
+export interface FiringRecord {
+  /** `firedBytesPerToken` bytes a token: which neurons fired, in heat order. */
+  fired: Uint8Array;
+  /** `routedBytesPerToken` bytes a token: which experts were used. */
+  routed: Uint8Array;
+}
+
 /** What generation, evaluation and perplexity need of an engine. */
 export interface StepEngine {
   readonly contextLength: number;
@@ -48,6 +56,9 @@ export class Engine implements StepEngine {
   readonly threads: number;
   readonly kernelSet: KernelSet;
   readonly cpuFeatures: readonly string[];
+  /** Bytes of a token in `FiringRecord.fired` and in `FiringRecord.routed`. */
+  readonly firedBytesPerToken: number;
+  readonly routedBytesPerToken: number;
   /** From the call of `open` to the model being ready. */
   readonly loadMs: number;
   readonly #native: NativeEngine;
@@ -57,6 +68,8 @@ export class Engine implements StepEngine {
     this.contextLength = request.contextLength;
     this.vocabSize = request.vocabSize;
     this.threads = request.threads;
+    this.firedBytesPerToken = request.layerCount * request.expertCount * Math.ceil(request.neuronCount / 8);
+    this.routedBytesPerToken = request.layerCount * Math.ceil(request.expertCount / 8);
     this.kernelSet = native.kernelSet;
     this.cpuFeatures = cpuFeatures;
     this.loadMs = loadMs;
@@ -85,9 +98,16 @@ export class Engine implements StepEngine {
     }
   }
 
-  async step(tokens: Int32Array, position: number, logits: Float32Array, all = false): Promise<void> {
+  /** As `StepEngine` has it; `record`, if given, receives which neurons fired and which experts were used. */
+  async step(
+    tokens: Int32Array,
+    position: number,
+    logits: Float32Array,
+    all = false,
+    record?: FiringRecord,
+  ): Promise<void> {
     try {
-      await this.#native.step({ tokens, position, logits, all });
+      await this.#native.step({ tokens, position, logits, all, ...record });
     } catch (error) {
       throw nativeError(error, 'compute');
     }
