@@ -15,6 +15,7 @@ namespace {
 /** Whether all vectors of a request, `columns` weights each, lie inside `target_bytes`. */
 bool placement_fits(const Placement& p, size_t vectors, Encoding encoding, size_t columns, size_t target_bytes) {
   constexpr size_t kLimit = size_t{1} << 50;
+  if (vectors == 0) return true;
   if (p.unit_bytes > kLimit || p.weights_stride > kLimit || p.scales_stride > kLimit || vectors > kLimit / 64 ||
       p.weights_offset > kLimit || p.scales_offset > kLimit || p.per_unit > kLimit) {
     return false;

@@ -224,9 +224,9 @@ function nativeTensors(model: ModelDirectory): NativeTensor[] {
   return tensors;
 }
 
-/** What is loaded and checked: all but the bundle checksums, which are for bundles that are read one by one. */
+/** What is loaded and checked: all but bundle checksums, which are for bundles that are read one by one, and heat orders. */
 function nativeExtents(model: ModelDirectory): NativeExtent[] {
-  const extents = model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums'));
+  const extents = model.manifest.extents.filter((extent) => !/\.(checksums|heat_order)$/.test(extent.name));
   return extents.map(({ name, file, offset, bytes, crc32 }) => ({
     name,
     file: file === RESIDENT_FILE ? 'resident' : 'neurons',
