@@ -2,6 +2,7 @@ import { lstat, open, rename, rm } from 'node:fs/promises';
 import { crc32 } from 'node:zlib';
 import { fileError, Pi2Error } from '../../src/base/error.js';
 import { LIMITS } from '../../src/format/hyperparameters.js';
+import type { ModelDirectory } from '../../src/format/model-directory.js';
 import { writeSynced } from '../write/output.js';
 import { type ActivationProfile, BATCH_SIZES_MOST, layerNeurons, type ProfileShape, TOKENS_MAX } from './profile.js';
 
@@ -98,6 +99,18 @@ export function decodeProfile(bytes: Uint8Array, where: string): ActivationProfi
 /** Reads a profile file. Throws `Pi2Error`: E_FILE, E_IO, or E_PROFILE when it is none or damaged. */
 export async function readProfile(path: string): Promise<ActivationProfile> {
   return decodeProfile(await readProfileBytes(path), path);
+}
+
+/** The profile that a model directory has; null when its neurons are in the order of the checkpoint. Throws `Pi2Error`. */
+export async function readModelProfile(model: ModelDirectory): Promise<ActivationProfile | null> {
+  if (model.profilePath === null) return null;
+  try {
+    return await readProfile(model.profilePath);
+  } catch (error) {
+    if (!(error instanceof Pi2Error) || error.code !== 'E_PROFILE') throw error;
+    const hint = 'copy the directory again, or convert the checkpoint again';
+    throw new Pi2Error('E_MODEL', error.message, hint, { cause: error });
+  }
 }
 
 /** The bytes of what should be a profile file, not looked at yet. Throws `Pi2Error`: E_FILE, E_IO, E_PROFILE. */
