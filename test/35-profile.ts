@@ -363,7 +363,7 @@ for (const [name, quantization] of [
       near('in 2 tokens', found.rates_by_batch[1], layer.union[2], 0.002, 0.06);
       near('in 4 tokens', found.rates_by_batch[3], layer.union[4], 0.003, 0.06);
       near('80 %', found.covering_80, layer.frac_for_80pct, 0.02, 0);
-      near('never', found.never, layer.never, 0.02, 0);
+      near('never', found.never, layer.never, 0.03, 0);
       near('chance', found.overlap_by_chance, layer.overlap_chance, 0.005, 0.05);
       for (const [e, usage] of (layer.expert_usage ?? []).entries()) {
         near(`expert ${e}`, (found.experts as number[])[e] / 2, usage, 0.02, 0);
