@@ -15,7 +15,10 @@
 namespace pi2 {
 namespace {
 
-/** An engine and who may use it: a step holds the lock; `busy` refuses a second one before it could queue. */
+/**
+ * An engine and who may use it. `busy` is set when a step is asked for: it refuses a second one before it could queue and
+ * keeps a close from overtaking the first. The lock is for counters, which may be read meanwhile.
+ */
 struct SharedEngine {
   std::mutex lock;
   std::unique_ptr<Engine> engine;
@@ -44,8 +47,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
 
  private:
   Napi::Value kernel_set(const Napi::CallbackInfo& info) {
-    const std::lock_guard<std::mutex> lock(shared_->lock);
-    return Napi::String::New(info.Env(), shared_->engine != nullptr ? shared_->engine->kernel_set() : "");
+    return Napi::String::New(info.Env(), closed_ ? "" : shared_->engine->kernel_set());
   }
 
   Napi::Value step(const Napi::CallbackInfo& info) {
@@ -64,6 +66,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
       if (fields.has(name)) fields.bytes(name);
     }
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+    if (closed_) return Task::refuse(env, closed());
     if (shared_->busy.exchange(true)) {
       return Task::refuse(env, Status(StatusCode::kBusy, "the engine is computing a step; wait for it"));
     }
@@ -90,19 +93,18 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         env, std::move(kept),
         [shared = shared_, token_data, logit_data, count, room, position, all, record, fired_room, routed_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
-          Status status = closed();
-          if (shared->engine != nullptr) {
-            if (room < (all ? count : 1) * shared->engine->vocab_size()) {
-              status = Status::argument("logits is too small");
-            } else if (record.fired != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
-              status = Status::argument("fired is too small");
-            } else if (record.routed != nullptr && routed_room < count * shared->engine->routed_bytes_per_token()) {
-              status = Status::argument("routed is too small");
-            } else {
-              status = shared->engine->step(token_data, count, position, logit_data, all, record);
-            }
+          Status status;
+          if (room < (all ? count : 1) * shared->engine->vocab_size()) {
+            status = Status::argument("logits is too small");
+          } else if (record.fired != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
+            status = Status::argument("fired is too small");
+          } else if (record.routed != nullptr && routed_room < count * shared->engine->routed_bytes_per_token()) {
+            status = Status::argument("routed is too small");
+          } else {
+            status = shared->engine->step(token_data, count, position, logit_data, all, record);
           }
           shared->busy.store(false);
+          shared->busy.notify_all();
           return status;
         },
         [](Napi::Env e) { return e.Undefined(); });
@@ -110,11 +112,11 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
 
   Napi::Value counters(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    const std::lock_guard<std::mutex> lock(shared_->lock);
-    if (shared_->engine == nullptr) {
+    if (closed_) {
       to_error(env, closed()).ThrowAsJavaScriptException();
       return env.Undefined();
     }
+    const std::lock_guard<std::mutex> lock(shared_->lock);
     const EngineCounters c = shared_->engine->counters();
     Napi::Object object = Napi::Object::New(env);
     const auto set = [&](const char* name, uint64_t value) {
@@ -132,9 +134,12 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   }
 
   Napi::Value close(const Napi::CallbackInfo& info) {
+    closed_ = true;
     return Task::run(
         info.Env(), {},
         [shared = shared_] {
+          // Steps asked for earlier; later ones are refused.
+          shared->busy.wait(true);
           const std::lock_guard<std::mutex> lock(shared->lock);
           shared->engine.reset();
           return Status::ok();
@@ -143,6 +148,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   }
 
   std::shared_ptr<SharedEngine> shared_;
+  /** The JavaScript thread's alone. */
+  bool closed_ = false;
 };
 
 EngineConfig read_config(Fields& fields) {
@@ -183,7 +190,9 @@ EngineConfig read_config(Fields& fields) {
   config.head_dim = fields.size("headDim");
   config.neuron_count = fields.size("neuronCount");
   config.vocab_size = fields.size("vocabSize");
-  config.norm_kind = fields.text("normKind") == "layer" ? NormKind::kLayer : NormKind::kRms;
+  const std::string norm = fields.text("normKind");
+  if (norm != "layer" && norm != "rms") fields.fail("normKind must be rms or layer");
+  config.norm_kind = norm == "layer" ? NormKind::kLayer : NormKind::kRms;
   config.norm_epsilon = static_cast<float>(fields.number("normEpsilon"));
   const Napi::Value frequencies = fields.value("ropeFrequencies");
   if (frequencies.IsTypedArray() && frequencies.As<Napi::TypedArray>().TypedArrayType() == napi_float32_array) {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "native/base/carver.h"
+#include "native/engine/exponential.h"
 #include "native/engine/norm.h"
 #include "native/engine/product.h"
 
@@ -13,15 +14,25 @@ namespace {
 /** Floats are padded to whole lines of 16. */
 size_t padded_floats(size_t count) { return (count + 15) / 16 * 16; }
 
-/** In place: e^(x - max) / sum. */
+/** In place: e^(x - max) / sum. Maximum and sum are taken in lanes, which compilers make vectors of. */
 void softmax(float* x, size_t n) {
-  float largest = x[0];
-  for (size_t i = 1; i < n; i++) largest = std::max(largest, x[i]);
-  float sum = 0;
-  for (size_t i = 0; i < n; i++) {
-    x[i] = std::exp(x[i] - largest);
-    sum += x[i];
+  constexpr size_t kLanes = 16;
+  const size_t whole = n / kLanes * kLanes;
+  float lanes[kLanes];
+  for (size_t k = 0; k < kLanes; k++) lanes[k] = x[0];
+  for (size_t i = 0; i < whole; i += kLanes) {
+    for (size_t k = 0; k < kLanes; k++) lanes[k] = lanes[k] < x[i + k] ? x[i + k] : lanes[k];
   }
+  for (size_t i = whole; i < n; i++) lanes[i - whole] = std::max(lanes[i - whole], x[i]);
+  const float largest = *std::max_element(lanes, lanes + kLanes);
+  for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - largest);
+  for (size_t k = 0; k < kLanes; k++) lanes[k] = 0;
+  for (size_t i = 0; i < whole; i += kLanes) {
+    for (size_t k = 0; k < kLanes; k++) lanes[k] += x[i + k];
+  }
+  for (size_t i = whole; i < n; i++) lanes[i - whole] += x[i];
+  float sum = 0;
+  for (size_t k = 0; k < kLanes; k++) sum += lanes[k];
   const float inverse = 1.0f / sum;
   for (size_t i = 0; i < n; i++) x[i] *= inverse;
 }
@@ -40,6 +51,7 @@ size_t Attention::carve(const EngineConfig& config, uint8_t* scratch) {
   qkv_ = carver.take<float>(config.batch_size * (config.query_size() + 2 * config.kv_size()));
   scores_ = carver.take<float>(config.threads * padded_floats(config.context_length));
   heads_ = carver.take<float>(config.threads * 2 * padded_floats(config.head_dim));
+  turns_ = carver.take<float>(config.batch_size * config.head_dim);
   return carver.used();
 }
 
@@ -77,6 +89,18 @@ void Attention::project(const LayerWeights& w, const Activations& x, size_t toke
   });
 }
 
+void Attention::begin(size_t position, size_t tokens) {
+  if (config_->rope_frequencies.empty()) return;
+  const auto one = [&](size_t t, size_t) {
+    find_turns(config_->rope_frequencies.data(), config_->head_dim, position + t, turns_ + t * config_->head_dim);
+  };
+  if (tokens == 1) {
+    one(0, 0);
+  } else {
+    pool_->run(tokens, one);
+  }
+}
+
 void Attention::store(const LayerWeights& w, const KvCache::Layer& cache, size_t token, size_t position) {
   const size_t dim = config_->head_dim;
   const size_t slot = cache.slot_of(position);
@@ -86,7 +110,7 @@ void Attention::store(const LayerWeights& w, const KvCache::Layer& cache, size_t
     if (w.k_norm.exists()) {
       normalize(NormKind::kRms, config_->norm_epsilon, key, w.k_norm.floats(), nullptr, dim, key);
     }
-    if (!config_->rope_frequencies.empty()) rotate(key, config_->rope_frequencies.data(), dim, position);
+    if (!config_->rope_frequencies.empty()) rotate(key, turns_ + token * dim, dim);
     // Padding stays zero, as allocated.
     const size_t place = (h * cache.slots + slot) * padded_dim_;
     kernels_->float_to_half(key, dim, cache.keys + place);
@@ -105,7 +129,7 @@ void Attention::attend(const LayerWeights& w, const KvCache::Layer& cache, size_
   if (w.q_norm.exists()) {
     normalize(NormKind::kRms, config_->norm_epsilon, query, w.q_norm.floats(), nullptr, dim, query);
   }
-  if (!config_->rope_frequencies.empty()) rotate(query, config_->rope_frequencies.data(), dim, position);
+  if (!config_->rope_frequencies.empty()) rotate(query, turns_ + token * dim, dim);
 
   // Positions begin .. position, at most two runs of slots: up to the ring's end, then from its start.
   const size_t begin = window != 0 && position + 1 > window ? position + 1 - window : 0;

@@ -17,6 +17,9 @@ class Attention {
   /** `mixed_*`: the heads' outputs, input of the output product. */
   void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch, Activations mixed);
 
+  /** Finds what all layers share for `tokens` tokens from `position` on. Before the first layer's `compute`. */
+  void begin(size_t position, size_t tokens);
+
   /** out[t * out_stride + i] = attention of token t at `position + t`, for normed inputs x. */
   void compute(const LayerWeights& weights, const KvCache& cache, size_t layer_index, const Activations& x, size_t tokens,
                size_t position, float* out, size_t out_stride);
@@ -39,6 +42,7 @@ class Attention {
   float* qkv_ = nullptr;     // (batch, query | key | value)
   float* scores_ = nullptr;  // (thread, context)
   float* heads_ = nullptr;   // (thread, 2, padded head dim): a query or key, an output
+  float* turns_ = nullptr;   // (batch, head dim): the rotary embedding's cosines | sines
   size_t padded_dim_ = 0;
   Activations mixed_;
   uint64_t kv_bytes_read_ = 0;

@@ -26,9 +26,9 @@ struct BundleLayout {
   /** Bytes of an expert's bundles: whole units. */
   size_t bytes(size_t neurons) const { return (neurons + neurons_per_unit - 1) / neurons_per_unit * unit_bytes; }
 
-  /** Whether both parts of every slot lie inside a unit. */
+  /** Whether both parts of every slot lie inside a unit, and no product of sizes can overflow. */
   Status check() const {
-    constexpr size_t kLimit = size_t{1} << 40;
+    constexpr size_t kLimit = size_t{1} << 31;
     const size_t fields[] = {part1_bytes,  part2_bytes,  neurons_per_unit, unit_bytes,
                              part1_stride, part2_offset, part2_stride};
     for (const size_t field : fields) {
@@ -36,6 +36,9 @@ struct BundleLayout {
     }
     if (matrices != 2 && matrices != 3) return Status::argument("bundle layout: matrices must be 2 or 3");
     if (neurons_per_unit > unit_bytes) return Status::argument("bundle layout: more neurons in a unit than bytes");
+    if (part1_stride < part1_bytes || part2_stride < part2_bytes) {
+      return Status::argument("bundle layout: the parts of neighbours overlap");
+    }
     const size_t last = neurons_per_unit - 1;
     if (part1_stride > unit_bytes || part2_stride > unit_bytes || last * part1_stride + part1_bytes > unit_bytes ||
         part2_offset + last * part2_stride + part2_bytes > unit_bytes) {

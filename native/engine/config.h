@@ -8,6 +8,7 @@
 
 namespace pi2 {
 
+/** Root-mean-square norm, or layer norm with a mean and a bias. */
 enum class NormKind { kRms, kLayer };
 
 /** What a neuron contributes, from g = gate . x and u = up . x; src/format/hyperparameters.ts has the table. */

@@ -13,7 +13,8 @@ Status check(const EngineConfig& c) {
                      c.neuron_count > 0 && c.vocab_size > 0 && c.context_length > 0 && c.threads > 0 && c.batch_size > 0 &&
                      c.expert_count > 0 && c.experts_per_token > 0;
   if (!sizes) return Status::argument("a size is zero");
-  if (c.hidden_size > 1 << 20 || c.layer_count > 1 << 16 || c.head_count > 1 << 16 || c.head_dim > 1 << 16 ||
+  // Tight enough that no product of them overflows, here or in any allocation.
+  if (c.hidden_size > 1 << 20 || c.layer_count > 1 << 12 || c.head_count > 1 << 11 || c.head_dim > 1 << 11 ||
       c.neuron_count > 1 << 24 || c.vocab_size > 1 << 26 || c.context_length > 1 << 26 || c.threads > 1024 ||
       c.batch_size > 1 << 14 || c.expert_count > 1 << 14) {
     return Status::argument("a size is absurd");
@@ -170,6 +171,7 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
+    attention_.begin(position + done, batch);
     for (size_t i = 0; i < config_.layer_count; i++) {
       run_layer(i, batch, position + done, record);
     }

@@ -5,13 +5,14 @@
 #include <cstring>
 
 #include "native/base/carver.h"
+#include "native/engine/exponential.h"
 #include "native/engine/product.h"
 
 namespace pi2 {
 namespace {
 
-/** Neurons that one thread takes at a time. */
-constexpr size_t kNeuronChunk = 64;
+/** Neurons that one thread takes at a time; as many as rows of other matrices. */
+constexpr size_t kNeuronChunk = kRowChunk;
 
 /** Parts of the down sum; more than threads on any phone, few enough that adding them up costs nothing. */
 constexpr size_t kParts = 8;
@@ -59,7 +60,7 @@ size_t Ffn::chunks() const { return chunk_total(config_->neuron_count); }
 
 size_t Ffn::part_size() const { return part_room(config_->neuron_count); }
 
-/** A chunk is 64 neurons, so no two threads share a byte. */
+/** A chunk is a multiple of 8 neurons, so no two threads share a byte. */
 void Ffn::mark_fired(size_t t, size_t neuron) const {
   uint8_t* bits = fired_bits_ + token_of(t) * fired_stride_ + expert_index_ * fired_bytes(config_->neuron_count);
   bits[neuron / 8] = static_cast<uint8_t>(bits[neuron / 8] | (1u << (neuron % 8)));
@@ -75,15 +76,22 @@ bool Ffn::gate_fires(float gate) const {
   return true;
 }
 
-/** For neurons whose gate fires. */
-float Ffn::activate(float gate, float up) const {
+void Ffn::activate(const float* gates, const float* ups, size_t count, float* values) const {
+  const float threshold = config_->threshold;
   switch (config_->activation) {
-    case ActivationKind::kSilu: return gate / (1.0f + std::exp(-gate)) * up;
+    case ActivationKind::kSilu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] / (1.0f + exponential(-gates[j])) * ups[j];
+      return;
     case ActivationKind::kRelu:
-    case ActivationKind::kFatRelu: return gate * up;
-    case ActivationKind::kDRelu: return up > 0 ? gate * up : 0.0f;
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] > 0 ? gates[j] * ups[j] : 0.0f;
+      return;
+    case ActivationKind::kDRelu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] > 0 && ups[j] > 0 ? gates[j] * ups[j] : 0.0f;
+      return;
+    case ActivationKind::kFatRelu:
+      for (size_t j = 0; j < count; j++) values[j] = gates[j] >= threshold ? gates[j] * ups[j] : 0.0f;
+      return;
   }
-  return 0;
 }
 
 void Ffn::compute(const LayerWeights& layer, const Activations& x, size_t tokens, float* out, size_t out_stride,
@@ -168,21 +176,29 @@ void Ffn::run_expert(const ExpertWeights& expert, const LayerWeights& layer, con
     float* gates = tiles_ + thread * 2 * batch * kNeuronChunk;  // (token, neuron of the chunk)
     float* ups = gates + batch * kNeuronChunk;
     multiply_rows(*kernels_, first_matrix, first, count, x, tokens, gates, kNeuronChunk);
-    if (expert.gate.exists()) multiply_rows(*kernels_, expert.up, first, count, x, tokens, ups, kNeuronChunk);
+    if (expert.gate.exists()) {
+      multiply_rows(*kernels_, expert.up, first, count, x, tokens, ups, kNeuronChunk);
+    } else {
+      std::fill_n(ups, tokens * kNeuronChunk, 1.0f);
+    }
     uint32_t fired = 0;
-    for (size_t j = 0; j < count; j++) {
-      const float bias = layer.up_bias.exists() ? layer.up_bias.floats()[first + j] : 0.0f;
-      float* factors = factors_ + (first + j) * batch;
-      for (size_t t = 0; t < tokens; t++) {
-        const float gate = gates[t * kNeuronChunk + j] + bias;
-        const float up = expert.gate.exists() ? ups[t * kNeuronChunk + j] : 1.0f;
-        const float value = gate_fires(gate) ? activate(gate, up) : 0.0f;
-        fired += value != 0.0f;
-        if (fired_bits_ != nullptr && value != 0.0f) mark_fired(t, first + j);
-        factors[t] = shares != nullptr ? shares[t] * value : value;
+    for (size_t t = 0; t < tokens; t++) {
+      float* values = gates + t * kNeuronChunk;
+      if (layer.up_bias.exists()) {
+        for (size_t j = 0; j < count; j++) values[j] += layer.up_bias.floats()[first + j];
       }
+      activate(values, ups + t * kNeuronChunk, count, values);
+      for (size_t j = 0; j < count; j++) fired += values[j] != 0.0f;
+      for (size_t j = 0; fired_bits_ != nullptr && j < count; j++) {
+        if (values[j] != 0.0f) mark_fired(t, first + j);
+      }
+      for (size_t j = 0; shares != nullptr && j < count; j++) values[j] *= shares[t];
     }
     fired_[chunk] = fired;
+    for (size_t j = 0; j < count; j++) {
+      float* factors = factors_ + (first + j) * batch;
+      for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
+    }
   });
   // Which neurons each part adds: those that fired for any token.
   size_t part_counts[kParts] = {};
@@ -194,7 +210,7 @@ void Ffn::run_expert(const ExpertWeights& expert, const LayerWeights& layer, con
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
       const float* factors = factors_ + i * batch;
       bool used = false;
-      for (size_t t = 0; t < tokens; t++) used |= factors[t] != 0.0f;
+      for (size_t t = 0; t < tokens && !used; t++) used = factors[t] != 0.0f;
       if (used) neurons_[part * part_size() + part_counts[part]++] = static_cast<uint32_t>(i);
     }
   }
@@ -250,13 +266,14 @@ size_t Ffn::find_fired(const ExpertWeights& expert, const LayerWeights& layer, c
       case Encoding::kF32: std::abort();
     }
   }
+  for (size_t k = 0; k < open_count; k++) gates[k] = gates[open[k]];
+  activate(gates, ups, open_count, gates);
   Column* columns = columns_ + first;
   size_t fired = 0;
   for (size_t k = 0; k < open_count; k++) {
-    const float value = activate(gates[open[k]], ups[k]);
-    if (value == 0.0f) continue;
+    if (gates[k] == 0.0f) continue;
     const Rows down = expert.down.rows_from(first + open[k]);
-    columns[fired++] = {down.weights, down.scales, share * value};
+    columns[fired++] = {down.weights, down.scales, share * gates[k]};
     if (fired_bits_ != nullptr) mark_fired(0, first + open[k]);
   }
   return fired;

@@ -66,8 +66,10 @@ class Ffn {
   void mark_fired(size_t t, size_t neuron) const;
   /** The batch's number of an expert's token t. */
   size_t token_of(size_t t) const { return config_->expert_count == 1 ? t : tokens_[t]; }
-  float activate(float gate, float up) const;
+  /** Whether a neuron with this product of its gate row can contribute at all. */
   bool gate_fires(float gate) const;
+  /** values[j] = what a neuron contributes for its gate and up products; 0 if it does not fire. `values` may be `gates`. */
+  void activate(const float* gates, const float* ups, size_t count, float* values) const;
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;

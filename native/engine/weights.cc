@@ -15,6 +15,8 @@ namespace {
 /** Bytes of one read while loading: long enough for sequential speed, short enough for a bounce buffer a thread. */
 constexpr size_t kReadBytes = size_t{4} << 20;
 constexpr size_t kAlignment = 4096;
+/** Tensors begin at multiples of this; FORMAT.md section 3. */
+constexpr size_t kTensorAlignment = 64;
 
 size_t round_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
@@ -39,6 +41,20 @@ class FirstFailure {
 Status compare_checksum(const ExtentConfig& extent, uint32_t sum) {
   if (sum == extent.crc32) return Status::ok();
   return Status::checksum(extent.name + ": the bytes on flash do not match their checksum");
+}
+
+/** Whether the file holds every extent, each of them once: no more is allocated than it has. */
+Status check_extents(const EngineConfig& config, bool neurons, const File& file, const std::string& path) {
+  size_t left = file.size();
+  for (const ExtentConfig& extent : config.extents) {
+    if (extent.is_neurons != neurons) continue;
+    if (extent.offset > file.size() || extent.bytes > file.size() - extent.offset) {
+      return Status::io(path + " ends before " + extent.name + " does");
+    }
+    if (extent.bytes > left) return Status::argument(extent.name + ": overlaps another extent");
+    left -= extent.bytes;
+  }
+  return Status::ok();
 }
 
 /** Runs `load` on every extent of one file, on all threads. */
@@ -79,6 +95,7 @@ Status Weights::load(const EngineConfig& config) {
 Status Weights::load_resident(const EngineConfig& config) {
   File file;
   Status status = file.open(config.resident_path);
+  if (status.is_ok()) status = check_extents(config, false, file, config.resident_path);
   if (!status.is_ok()) return status;
   std::vector<size_t> places(config.extents.size(), 0);
   size_t total = 0;
@@ -106,9 +123,12 @@ Status Weights::load_resident(const EngineConfig& config) {
   if (!status.is_ok()) return status;
 
   for (const TensorConfig& tensor : config.tensors) {
-    if (tensor.bytes != tensor.rows * row_bytes(tensor.encoding, tensor.columns)) {
+    // Divided, not multiplied: a product of absurd sizes overflows.
+    const size_t row = row_bytes(tensor.encoding, tensor.columns);
+    if (row == 0 || tensor.bytes % row != 0 || tensor.bytes / row != tensor.rows) {
       return Status::argument(tensor.name + ": bytes do not match its shape");
     }
+    if (tensor.offset % kTensorAlignment != 0) return Status::argument(tensor.name + ": not aligned");
     bool found = false;
     for (size_t i = 0; i < config.extents.size() && !found; i++) {
       const ExtentConfig& extent = config.extents[i];
@@ -137,7 +157,15 @@ Status Weights::load_neurons(const EngineConfig& config) {
   }
   const size_t matrix_bytes = config.neuron_count * row;
   const size_t expert_bytes = layout.matrices * matrix_bytes;
-  Status status = neurons_.allocate(config.expert_offsets.size() * expert_bytes + kAlignment, "neurons");
+  const size_t expert_flash_bytes = layout.bytes(config.neuron_count);
+  File file;
+  Status status = file.open(config.neurons_path);
+  if (status.is_ok()) status = check_extents(config, true, file, config.neurons_path);
+  if (!status.is_ok()) return status;
+  if (config.expert_offsets.size() > file.size() / expert_flash_bytes) {
+    return Status::argument("neurons.bin is too small for every expert");
+  }
+  status = neurons_.allocate(config.expert_offsets.size() * expert_bytes + kAlignment, "neurons");
   if (!status.is_ok()) return status;
 
   layers.resize(config.layer_count);
@@ -153,12 +181,8 @@ Status Weights::load_neurons(const EngineConfig& config) {
     layers[i / config.expert_count].experts.push_back(expert);
   }
 
-  File file;
-  status = file.open(config.neurons_path);
-  if (!status.is_ok()) return status;
   std::vector<std::atomic<size_t>> neurons_loaded(config.expert_offsets.size());
   const size_t units_per_read = std::max<size_t>(1, kReadBytes / layout.unit_bytes);
-  const size_t expert_flash_bytes = layout.bytes(config.neuron_count);
   status = load_extents(config, true, [&](size_t index) {
     const ExtentConfig& extent = config.extents[index];
     std::vector<uint8_t> buffer(std::min(units_per_read * layout.unit_bytes, extent.bytes));

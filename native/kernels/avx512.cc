@@ -73,16 +73,44 @@ struct Q8 {
   static GroupWeights unpack(const uint8_t* group) { return unpack_q8(group); }
 };
 
-/**
- * Prefetches piece number `piece` of the next rows, as one sequential stream: rows of a matrix follow each other in memory,
- * and DRAM gives a core 40 GB/s in sequence but 25 GB/s as four strided streams. Non-temporal: weights are used once a
- * token.
- */
-template <size_t kGroupBytes>
-inline void prefetch_next_rows(const uint8_t* next, size_t piece) {
-  const char* bytes = reinterpret_cast<const char*>(next) + piece * (kGroupBytes + kGroupScaleBytes);
-  for (size_t line = 0; line <= kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+inline Rows rows_from(Rows rows, size_t first) {
+  return {rows.weights + first * rows.stride, rows.scales == nullptr ? nullptr : rows.scales + first * rows.stride,
+          rows.stride};
 }
+
+/** Non-temporal: weights are used once a token. A line of scales serves four groups. */
+template <size_t kGroupBytes>
+inline void prefetch_group(const uint8_t* weights, const uint8_t* scales, size_t group) {
+  const char* bytes = reinterpret_cast<const char*>(weights + group * kGroupBytes);
+  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+  if (scales != nullptr && group % 4 == 0) {
+    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_NTA);
+  }
+}
+
+/**
+ * Prefetches the rows that follow, group by group and row by row, as one sequential stream: DRAM gives a core 40 GB/s in
+ * sequence but 25 GB/s as four strided streams.
+ */
+class NextRows {
+ public:
+  NextRows(Rows rows, size_t groups) : rows_(rows), groups_(groups) {}
+
+  template <size_t kGroupBytes>
+  inline void prefetch() {
+    prefetch_group<kGroupBytes>(rows_.weights, rows_.scales, group_);
+    if (++group_ == groups_) {
+      group_ = 0;
+      rows_.weights += rows_.stride;
+      rows_.scales = rows_.scales == nullptr ? nullptr : rows_.scales + rows_.stride;
+    }
+  }
+
+ private:
+  Rows rows_;
+  size_t groups_;
+  size_t group_ = 0;
+};
 
 /** kRows rows by kTokens tokens; y[t * y_stride + r]. Each sum is accumulated group by group, whatever the tile's shape. */
 template <class Format, size_t kRows, size_t kTokens>
@@ -91,12 +119,13 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   for (size_t r = 0; r < kRows; r++) {
     for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
   }
+  NextRows next(rows_from(rows, kRows), groups);
   for (size_t g = 0; g < groups; g++) {
     // Several tokens: all rows are unpacked first, so that each activation is loaded once. One token: row by row.
     GroupWeights w[kRows];
     __m512 scales[kRows];
     for (size_t r = 0; r < kRows; r++) {
-      if (kTokens == 1) prefetch_next_rows<Format::kBytes>(rows.weights + kRows * rows.stride, g * kRows + r);
+      if (kTokens == 1) next.prefetch<Format::kBytes>();
       w[r] = Format::unpack(rows.weights + r * rows.stride + g * Format::kBytes);
       scales[r] = load_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes);
     }
@@ -132,7 +161,7 @@ inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const ui
     const __m512 x_scales = _mm512_load_ps(x[g].scales);
     for (size_t r = 0; r < kRows; r++) {
       if (next_row < next_count) {
-        prefetch_next_rows<Format::kBytes>(next[next_row], next_group);
+        prefetch_group<Format::kBytes>(next[next_row], next[next_row] + scales_offset, next_group);
         if (++next_group == groups) {
           next_group = 0;
           next_row++;
@@ -157,10 +186,6 @@ void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count
   for (; r < row_count; r++) {
     list_tile<Format, 1>(rows + r, scales_offset, rows + r + 1, r + 1 < row_count ? 1 : 0, groups, x, y + r);
   }
-}
-
-inline Rows rows_from(Rows rows, size_t first) {
-  return {rows.weights + first * rows.stride, rows.scales + first * rows.stride, rows.stride};
 }
 
 template <class Format>
@@ -200,7 +225,10 @@ inline void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, 
   for (size_t r = 0; r < kRows; r++) {
     for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
   }
+  NextRows next(rows_from(rows, kRows), groups);
   for (size_t i = 0; i < groups * kGroup; i += 16) {
+    // A row's group is 16 registers: kRows of them are prefetched while kRows groups are summed.
+    if (kTokens == 1 && i % (kGroup / kRows) == 0) next.prefetch<kF16GroupBytes>();
     for (size_t r = 0; r < kRows; r++) {
       const __m512 w = load_halves(rows.weights + r * rows.stride + 2 * i);
       for (size_t t = 0; t < kTokens; t++) {

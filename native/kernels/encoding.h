@@ -56,6 +56,7 @@ constexpr size_t q8_byte(size_t block, size_t element) {
 constexpr size_t q4_byte(size_t block, size_t element) {
   return 64 * (element / 16) + 32 * (element / 4 % 2) + 4 * block + element % 4;
 }
+/** Whether the weight is in the high nibble of that byte. */
 constexpr bool q4_is_high(size_t element) { return element % 16 >= 8; }
 
 static_assert(q8_byte(2, 13) == 105);

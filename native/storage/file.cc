@@ -1,6 +1,7 @@
 #include "native/storage/file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -16,6 +17,9 @@ Status File::open(const std::string& path) {
   path_ = path;
   descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) return Status::io("cannot open " + path + ": " + std::strerror(errno));
+  struct stat found;
+  if (fstat(descriptor_, &found) != 0) return Status::io("cannot open " + path + ": " + std::strerror(errno));
+  size_ = static_cast<size_t>(found.st_size);
   return Status::ok();
 }
 

@@ -64,6 +64,7 @@ export function addSamplingOptions(command: Command): Command {
   return command;
 }
 
+/** The flags of `addEngineOptions` as the engine takes them. */
 export function engineOptions(flags: EngineFlags): EngineOptions {
   return {
     context: flags.ctxSize,
@@ -72,6 +73,7 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
   };
 }
 
+/** The flags of `addSamplingOptions` as the sampler takes them. */
 export function samplingOptions(flags: SamplingFlags): SamplingOptions {
   return {
     temperature: flags.temp,

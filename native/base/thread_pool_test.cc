@@ -1,0 +1,91 @@
+/**
+ * Hammers ThreadPool: regions of 0 to 100 chunks one behind the other, with pauses after which workers sleep and wake late,
+ * and chunks of uneven length. Every chunk must run once, on one of the pool's threads, before the region ends, and what it
+ * wrote must be seen. Prints "N regions, N chunks" or the first failure. Run under the sanitizers by test/42-sanitizers.ts.
+ */
+#include "native/base/thread_pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace {
+
+constexpr size_t kMostChunks = 100;
+
+/** Busy for about `steps` multiplications. */
+uint64_t work(uint64_t value, size_t steps) {
+  for (size_t i = 0; i < steps; i++) value = value * 6364136223846793005u + 1442695040888963407u;
+  return value;
+}
+
+void require(bool condition, const char* what, size_t region) {
+  if (condition) return;
+  std::printf("FAILED: %s in region %zu\n", what, region);
+  std::exit(1);
+}
+
+/** Counts of the chunks of a pool's regions, plain memory: only the pool keeps threads apart. */
+class Hammer {
+ public:
+  explicit Hammer(size_t threads) : pool_(threads), random_(static_cast<uint32_t>(threads)) {
+    require(pool_.threads() == threads, "another number of threads", 0);
+  }
+
+  void run(size_t regions) {
+    for (size_t region = 0; region < regions; region++) {
+      const size_t chunks = random_() % 4 == 0 ? random_() % 3 : random_() % (kMostChunks + 1);
+      const size_t most_steps = random_() % 8 == 0 ? 4000 : 20;
+      hammer(region, chunks, most_steps);
+      if (random_() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random_() % 400));
+    }
+  }
+
+  size_t chunks() const { return chunks_; }
+
+ private:
+  void hammer(size_t region, size_t chunks, size_t most_steps) {
+    uint64_t results[kMostChunks] = {};
+    size_t runs[kMostChunks] = {};
+    std::vector<size_t> by_thread(pool_.threads(), 0);
+    const uint64_t seed = random_();
+    pool_.run(chunks, [&](size_t chunk, size_t thread) {
+      require(chunk < chunks, "a chunk that is none", region);
+      require(thread < by_thread.size(), "a thread that is none", region);
+      results[chunk] = work(seed + chunk, (seed ^ chunk) % most_steps);
+      runs[chunk]++;
+      by_thread[thread]++;
+    });
+    size_t sum = 0;
+    for (const size_t count : by_thread) sum += count;
+    require(sum == chunks, "a wrong sum over threads", region);
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+      require(runs[chunk] == 1, "a chunk that did not run once", region);
+      require(results[chunk] == work(seed + chunk, (seed ^ chunk) % most_steps), "a wrong result", region);
+    }
+    chunks_ += chunks;
+  }
+
+  pi2::ThreadPool pool_;
+  std::mt19937 random_;
+  size_t chunks_ = 0;
+};
+
+}  // namespace
+
+/** Argument: how many regions for each number of threads. */
+int main(int, char** arguments) {
+  const size_t regions = std::strtoul(arguments[1], nullptr, 10);
+  size_t chunks = 0;
+  for (const size_t threads : {1, 2, 3, 8}) {
+    Hammer hammer(threads);
+    hammer.run(regions);
+    chunks += hammer.chunks();
+  }
+  // Pools that end before, or just as, their workers wake up.
+  for (size_t i = 0; i < 200; i++) Hammer(1 + i % 4).run(i % 3);
+  std::printf("%zu regions, %zu chunks\n", 4 * regions, chunks);
+}

@@ -1,0 +1,122 @@
+// The thread pool and the engine under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer:
+// native/base/thread_pool_test.cc and native/engine/engine_test.cc, built here.
+import { execFile, spawnSync } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
+import { basename, join } from 'node:path';
+import { promisify } from 'node:util';
+import t, { type Test } from 'tap';
+import { loadAddon } from '../src/engine/addon.js';
+import type { EngineRequest } from '../src/engine/contract.js';
+import { Engine } from '../src/engine/engine.js';
+import type { QuantizationName } from '../src/format/manifest.js';
+import { openModelDirectory } from '../src/format/model-directory.js';
+import type { CheckpointOptions } from './support/make-checkpoint.js';
+import { MODEL_VOCABULARY, makeModel } from './support/models.js';
+import { REPOSITORY } from './support/shared.js';
+
+const run = promisify(execFile);
+const scratch = t.testdir({});
+
+const SANITIZERS = {
+  ThreadSanitizer: '-fsanitize=thread',
+  'AddressSanitizer and UndefinedBehaviorSanitizer': '-fsanitize=address,undefined',
+};
+const AVX2 = ['-mavx2', '-mfma', '-mf16c'];
+/** Flags of the kernels, as binding.gyp has them. */
+const KERNELS: Record<string, Record<string, string[]>> = {
+  x64: { avx2: AVX2, avx512: [...AVX2, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni'] },
+  arm64: { neon: ['-march=armv8.2-a+dotprod+fp16'] },
+};
+const kernels = KERNELS[process.arch] ?? {};
+const POOL = ['base/thread_pool', 'base/thread_pool_test'];
+/** All but base/memory.cc, for which the test has its own. */
+const ENGINE = [
+  ...['base/crc32', 'base/threads', 'base/thread_pool', 'storage/file', 'quantize/encode'],
+  ...['attention', 'engine', 'engine_test', 'ffn', 'product', 'weights'].map((name) => `engine/${name}`),
+  ...['dispatch', 'scalar', ...Object.keys(kernels)].map((name) => `kernels/${name}`),
+];
+
+/** Why a sanitizer cannot be used here, or false. It must run, too: some Linux kernels place memory where it cannot follow. */
+function missing(sanitizer: string): string | false {
+  const program = join(scratch, 'probe');
+  const source = 'int main() { return 0; }';
+  const built = spawnSync('g++', [sanitizer, '-x', 'c++', '-', '-o', program], { input: source });
+  if (built.status !== 0) return `g++ ${sanitizer} does not work here`;
+  return spawnSync(program).status !== 0 && `programs built with ${sanitizer} do not run here`;
+}
+
+/** Builds `name` of sources below native/, two at a time. */
+async function build(directory: string, name: string, sanitizer: string, sources: string[]): Promise<string> {
+  const common = ['-std=c++20', '-O0', '-g1', '-fno-exceptions', '-fno-rtti', '-fno-sanitize-recover=all', sanitizer];
+  const objects = sources.map((source) => join(directory, `${source.replace('/', '-')}.o`));
+  const left = [...sources.entries()];
+  const compile = async () => {
+    for (let next = left.pop(); next; next = left.pop()) {
+      const [i, source] = next;
+      const flags = [...common, ...(kernels[basename(source)] ?? []), '-I', REPOSITORY];
+      await run('g++', [...flags, '-c', join(REPOSITORY, 'native', `${source}.cc`), '-o', objects[i]]);
+    }
+  };
+  await Promise.all([compile(), compile()]);
+  const program = join(directory, name);
+  await run('g++', [sanitizer, ...objects, '-pthread', '-o', program]);
+  return program;
+}
+
+/** What the program printed; fails with its output and what the sanitizer said when it did not end well. */
+async function outputOf(t: Test, program: string, ...args: string[]): Promise<string> {
+  try {
+    return (await run(program, args)).stdout;
+  } catch (error) {
+    const { stdout, stderr } = error as { stdout: string; stderr: string };
+    t.fail(`${basename(program)} ${args.join(' ')}: ${stdout}${stderr}`);
+    return '';
+  }
+}
+
+/** Converts a small model and writes the request that opens it as engine_test reads it. */
+async function writeRequest(options: CheckpointOptions, quantization: QuantizationName): Promise<string> {
+  const model = await openModelDirectory(await makeModel(scratch, options, quantization));
+  const addon = loadAddon();
+  const lines: string[] = [];
+  const openEngine = (request: EngineRequest) => {
+    const { extents, tensors, layout, threads: _, kernelSet: __, ...fields } = request;
+    for (const extent of extents) lines.push(`extent ${Object.values(extent).join(' ')}`);
+    for (const tensor of tensors) lines.push(`tensor ${Object.values(tensor).join(' ')}`);
+    lines.push(`layout ${Object.values(layout).join(' ')}`);
+    // A batch that is no multiple of anything, and smaller than the context.
+    const all = { ...fields, batchSize: 13 };
+    for (const [name, value] of Object.entries(all)) {
+      lines.push(
+        `${name} ${ArrayBuffer.isView(value) || Array.isArray(value) ? Array.from(value as number[]).join(' ') : value}`,
+      );
+    }
+    return addon.openEngine(request);
+  };
+  await (await Engine.open(model, { context: 0, threads: 1 }, { ...addon, openEngine })).close();
+  const file = join(scratch, `${basename(model.path)}.txt`);
+  writeFileSync(file, `${lines.join('\n')}\n`);
+  return file;
+}
+
+const SMALL = { vocab: MODEL_VOCABULARY, context: 22, hidden: 100, heads: 5, headDim: 12, neurons: 150 };
+const REQUESTS = Promise.all([
+  writeRequest({ ...SMALL, family: 'turbosparsemixtral' }, 'q4'),
+  writeRequest({ ...SMALL, family: 'mistral', config: { sliding_window: 4 } }, 'q8'),
+  writeRequest({ ...SMALL, family: 'qwen3', headDim: 20 }, 'q4'),
+  writeRequest({ ...SMALL, family: 'opt', headDim: 20 }, 'f16'),
+]);
+
+for (const [name, sanitizer] of Object.entries(SANITIZERS)) {
+  t.test(name, { skip: missing(sanitizer) }, async (t) => {
+    const pool = await build(t.testdir({}), 'thread_pool_test', sanitizer, POOL);
+    t.match(await outputOf(t, pool, '15000'), /^60000 regions, [0-9]{7} chunks\n$/, 'the thread pool, hammered');
+
+    const engine = await build(t.testdirName, 'engine_test', sanitizer, ENGINE);
+    const sets = loadAddon().cpu().kernelSets;
+    for (const request of await REQUESTS) {
+      const lines = sets.map((set) => `${set}: 28 steps\n`).join('');
+      t.equal(await outputOf(t, engine, request), lines, basename(request));
+    }
+  });
+}
