@@ -2,7 +2,6 @@ import { availableParallelism } from 'node:os';
 import { basename, join, resolve } from 'node:path';
 import { ERROR_CODES, Pi2Error } from '../src/base/error.js';
 import { peakMemoryBytes } from '../src/base/memory.js';
-import { PROGRAM_VERSION } from '../src/base/version.js';
 import { loadAddon } from '../src/engine/addon.js';
 import {
   FORMAT_VERSION,
@@ -11,17 +10,20 @@ import {
   type QuantizationName,
   RESIDENT_FILE,
 } from '../src/format/manifest.js';
+import { type Heat, openHeat, writeHeat } from './activation/heat.js';
+import { checkpointDigest, isWeightFile, requireCheckpoint } from './activation/profile.js';
+import { profileStatistics } from './activation/statistics.js';
 import { Checkpoint } from './checkpoint/checkpoint.js';
 import { type Recipe, recipeFor } from './quantize/recipe.js';
 import { bitsPerWeight, type ConvertResult } from './result.js';
-import { checkUnchanged, hashSource, type SourceState, sourceStates } from './sources.js';
+import { checkUnchanged, hashSource, type SourceState, sourceFiles, sourceStates } from './sources.js';
 import { conversionOrder, type Plan, planExtents } from './steps/extents.js';
 import { divideMemory } from './steps/memory.js';
-import { cutPieces, loadBytes, type Piece } from './steps/pieces.js';
+import { cutPieces, encodedBytes, type Piece } from './steps/pieces.js';
 import { runPieces, type Workshop } from './steps/run-pieces.js';
 import { Journal, type JournalHeader, type Progress } from './write/journal.js';
 import { Lock } from './write/lock.js';
-import { makeManifest } from './write/manifest.js';
+import { CONVERTER, makeManifest } from './write/manifest.js';
 import { checkOutputName, copySynced, JOURNAL_FILE, Output, OutputFile, writeSynced } from './write/output.js';
 
 export interface ConvertOptions {
@@ -34,6 +36,10 @@ export interface ConvertOptions {
   maxMemoryBytes: number;
   /** Replace an existing model, once the new one is whole. */
   force: boolean;
+  /** File of an activation profile of this checkpoint: the neurons of an expert are sorted by it, hottest first. */
+  profile?: string;
+  /** A text to make such a profile of, first. Not both. */
+  calibration?: string;
 }
 
 /** What a conversion tells while it runs. */
@@ -51,14 +57,15 @@ export type ConvertEvent =
       secondsLeft: number | null;
     };
 
-const CONVERTER = `powerinfer2 ${PROGRAM_VERSION}`;
 /** Manifest, journal and the last pages of files, beyond what the plan and the text files take. */
 const SPARE_DISK_BYTES = 1024 * 1024;
+/** Lists of rows and columns that the pieces of a conversion in heat order hold, for each neuron. */
+const PLAN_BYTES_PER_NEURON = 16;
 
 /**
  * Converts a HuggingFace checkpoint into a model directory `NAME.pi2` (docs/FORMAT.md). Killed or interrupted at any moment,
  * the same call continues, and the result is byte for byte that of an uninterrupted run. Throws `Pi2Error`: those of
- * `Checkpoint.open`, `E_USAGE`, `E_EXISTS`, `E_MEMORY`, `E_DISK_FULL`, `E_NOT_FINITE`, `E_CHANGED`, `E_IO`, and
+ * `Checkpoint.open` and `calibrate`, `E_PROFILE`, `E_USAGE`, `E_EXISTS`, `E_MEMORY`, `E_DISK_FULL`, `E_NOT_FINITE`, `E_CHANGED`, `E_IO`, and
  * `E_INTERRUPTED` when `signal` is aborted.
  */
 export async function convert(
@@ -74,11 +81,23 @@ export async function convert(
     await output.checkFree(options.force);
     const checkpoint = await Checkpoint.open(options.checkpoint);
     try {
-      return await convertCheckpoint(checkpoint, output, options, onEvent, signal);
-    } catch (error) {
-      // What came of a checkpoint that cannot be used is of no use either.
-      if (error instanceof Pi2Error && ERROR_CODES[error.code] === 'badInput') await output.removePartial();
-      throw error;
+      const heat = await openHeat({
+        ...options,
+        checkpoint,
+        output,
+        convertPlain: async (plain) => {
+          await convert({ ...options, output: plain, force: true, calibration: undefined }, onEvent, signal);
+        },
+        note: (text) => onEvent({ type: 'note', text }),
+        signal,
+      });
+      try {
+        return await convertCheckpoint(checkpoint, output, options, heat, onEvent, signal);
+      } catch (error) {
+        // What came of a checkpoint that cannot be used is of no use either.
+        if (error instanceof Pi2Error && ERROR_CODES[error.code] === 'badInput') await output.removePartial();
+        throw error;
+      }
     } finally {
       await checkpoint.close();
     }
@@ -91,22 +110,25 @@ async function convertCheckpoint(
   checkpoint: Checkpoint,
   output: Output,
   options: ConvertOptions,
+  heat: Heat | null,
   onEvent: (event: ConvertEvent) => void,
   signal: AbortSignal,
 ): Promise<ConvertResult> {
   const started = performance.now();
   const { model, directory } = checkpoint;
   const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings);
-  const files = [...new Set([...checkpoint.sources.map((source) => source.file), ...checkpoint.textFiles])];
-  const states = await sourceStates(directory, files);
+  const states = await sourceStates(directory, sourceFiles(checkpoint));
   const textBytes = sum(
     states.filter((state) => checkpoint.textFiles.includes(state.file)).map((state) => state.bytes),
   );
 
-  const plan = planExtents(model, recipe);
-  const limits = divideMemory(plan, options.maxMemoryBytes, process.memoryUsage.rss());
-  await output.checkSpace(plan.residentBytes + plan.neuronsBytes + textBytes + SPARE_DISK_BYTES);
-  const { journal, progress } = await openJournal(output, plan, recipe, directory, states, onEvent);
+  const plan = planExtents(model, recipe, heat?.order);
+  const orderedNeurons = sum((heat?.order ?? []).map((order) => order.length));
+  const usedBytes = process.memoryUsage.rss() + PLAN_BYTES_PER_NEURON * orderedNeurons;
+  const limits = divideMemory(plan, options.maxMemoryBytes, usedBytes);
+  const profileBytes = heat?.bytes.length ?? 0;
+  await output.checkSpace(plan.residentBytes + plan.neuronsBytes + textBytes + profileBytes + SPARE_DISK_BYTES);
+  const { journal, progress } = await openJournal(output, plan, recipe, directory, states, heat, onEvent);
   const resumed = progress.pieces.size + progress.hashes.size > 0;
   let convertedBytes = 0;
   try {
@@ -132,10 +154,11 @@ async function convertCheckpoint(
             signal: stop,
             onLoad: (piece, bytes) => meter.count(piece, bytes),
           }).then(() => meter.step('hashing the sources')),
-        (stop) => hashSources(directory, states, progress, journal, stop),
+        (stop) => hashSources(checkpoint, states, progress, journal, heat, stop),
       ]);
       convertedBytes = meter.convertedBytes;
       meter.step('finishing');
+      await writeHeat(plan, heat, targets[RESIDENT_FILE], output);
       await checkSizes(plan, targets);
       for (const file of checkpoint.textFiles) await copySynced(join(directory, file), output.partial(file));
       await checkUnchanged(directory, states);
@@ -151,19 +174,20 @@ async function convertCheckpoint(
     recipe,
     plan,
     progress,
-    converter: CONVERTER,
     sources: states.map(({ file, bytes }) => ({ file, bytes, sha256: progress.hashes.get(file) as string })),
+    heat,
   });
   const manifestText = `${JSON.stringify(manifest, null, 1)}\n`;
   await writeSynced(output.partial(MANIFEST_FILE), manifestText);
   if (signal.aborted) throw interrupted();
+  if (options.calibration !== undefined) await output.removeCalibration();
   await output.publish();
 
   const seconds = (performance.now() - started) / 1000;
   return {
     output: output.path,
     quantization: manifest.quantization,
-    bytes: plan.residentBytes + plan.neuronsBytes + textBytes + Buffer.byteLength(manifestText),
+    bytes: plan.residentBytes + plan.neuronsBytes + textBytes + profileBytes + Buffer.byteLength(manifestText),
     residentBytes: plan.residentBytes,
     neuronsBytes: plan.neuronsBytes,
     bitsPerWeight: bitsPerWeight(plan),
@@ -174,6 +198,7 @@ async function convertCheckpoint(
     ignored: model.ignored,
     hasTokenizer: checkpoint.textFiles.includes('tokenizer.json'),
     resumed,
+    profile: heat && profileStatistics(heat.profile),
   };
 }
 
@@ -184,6 +209,7 @@ async function openJournal(
   recipe: Recipe,
   directory: string,
   sources: SourceState[],
+  heat: Heat | null,
   onEvent: (event: ConvertEvent) => void,
 ): Promise<{ journal: Journal; progress: Progress }> {
   const header: JournalHeader = {
@@ -191,6 +217,7 @@ async function openJournal(
     format_version: FORMAT_VERSION,
     converter: CONVERTER,
     recipe: { ...recipe },
+    profile: heat?.sha256 ?? null,
     checkpoint: resolve(directory),
     sources,
   };
@@ -223,20 +250,34 @@ async function holdsWhatIsRecorded(output: Output, plan: Plan, progress: Progres
   return true;
 }
 
-/** Hashes what the journal has no hash of. */
+/**
+ * Hashes what the journal has no hash of, the weights first: once they are known it is known whether the profile is theirs.
+ * Throws `E_PROFILE` if it is not.
+ */
 async function hashSources(
-  directory: string,
+  checkpoint: Checkpoint,
   states: SourceState[],
   progress: Progress,
   journal: Journal,
+  heat: Heat | null,
   signal: AbortSignal,
 ): Promise<void> {
-  for (const state of states) {
-    if (progress.hashes.has(state.file)) continue;
+  const { directory, model } = checkpoint;
+  const hash = async (state: SourceState) => {
+    const known = progress.hashes.get(state.file);
+    if (known) return { file: state.file, sha256: known };
     const sha256 = await hashSource(directory, state, signal);
     await journal.record({ source: state.file, sha256 });
     progress.hashes.set(state.file, sha256);
+    return { file: state.file, sha256 };
+  };
+  const weights: { file: string; sha256: string }[] = [];
+  for (const state of states) if (isWeightFile(state.file)) weights.push(await hash(state));
+  if (heat) {
+    const digest = checkpointDigest(model.hyperparameters, weights);
+    requireCheckpoint(heat.profile, digest, heat.path, directory);
   }
+  for (const state of states) await hash(state);
 }
 
 /** The same check that readers make, before the directory gets its name. */
@@ -277,7 +318,7 @@ class Meter {
 
   constructor(plan: Plan, pieces: Piece[], onEvent: (event: ConvertEvent) => void) {
     this.#plan = plan;
-    this.#before = plan.sourceBytes - sum(pieces.flatMap((piece) => piece.loads.map(loadBytes)));
+    this.#before = plan.sourceBytes - sum(pieces.flatMap((piece) => piece.loads.map(encodedBytes)));
     this.#onEvent = onEvent;
   }
 

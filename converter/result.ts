@@ -1,4 +1,5 @@
 import type { Manifest } from '../src/format/manifest.js';
+import type { ProfileStatistics } from './activation/statistics.js';
 import type { Plan, PlannedTensor } from './steps/extents.js';
 
 /** Bits of the file for each weight, by part; page padding and scales included. Null for a head that is the embedding. */
@@ -30,6 +31,8 @@ export interface ConvertResult {
   hasTokenizer: boolean;
   /** Whether an earlier run's work was used. */
   resumed: boolean;
+  /** Of the profile that neurons are sorted by; null in the order of the checkpoint. */
+  profile: ProfileStatistics | null;
 }
 
 /** Divides the bytes of a plan by its weights. */

@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto';
 import { open, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fileError, Pi2Error } from '../src/base/error.js';
+import type { Checkpoint } from './checkpoint/checkpoint.js';
 
 const BUFFER_BYTES = 1024 * 1024;
 
@@ -73,4 +74,9 @@ function changed(directory: string, file: string): Pi2Error {
     `${join(directory, file)} has changed while it was converted`,
     'run the command again when nothing writes to the checkpoint any more',
   );
+}
+
+/** Every file that a model is made of. */
+export function sourceFiles(checkpoint: Checkpoint): string[] {
+  return [...new Set([...checkpoint.sources.map((source) => source.file), ...checkpoint.textFiles])];
 }

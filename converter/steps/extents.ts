@@ -3,6 +3,7 @@ import { type Encoding, rowBytes } from '../../src/format/encoding.js';
 import { expertCount } from '../../src/format/hyperparameters.js';
 import { type BundleLayout, chooseBundleLayout, expertBytes, roundUpToPage } from '../../src/format/layout.js';
 import { type Extent, NEURONS_FILE, RESIDENT_FILE, type TensorEntry } from '../../src/format/manifest.js';
+import type { HeatOrder } from '../activation/heat-order.js';
 import type { SourceExpert, SourceLayer, SourceModel, SourceTensor } from '../checkpoint/model.js';
 import type { MatrixEncoding, Recipe } from '../quantize/recipe.js';
 
@@ -18,6 +19,8 @@ export interface PlannedTensor extends Omit<TensorEntry, 'encoding'> {
   encoding: Encoding;
   source: SourceTensor;
   firstSourceRow: number;
+  /** Of a vector with a number for each neuron: element j is number `order[j]` of the source. */
+  order?: Uint32Array;
 }
 
 /** An extent of matrices and vectors that are encoded row by row. */
@@ -35,6 +38,8 @@ export interface NeuronExtent extends Place {
   encoding: MatrixEncoding;
   layout: BundleLayout;
   checksums: ChecksumExtent;
+  /** [experts x neurons]: bundle j of an expert is neuron `order[j]` of the checkpoint; null when it is neuron j. */
+  order: Uint32Array | null;
 }
 
 /** One layer's bundle checksums, filled while its neurons are written. */
@@ -43,10 +48,17 @@ export interface ChecksumExtent extends Place {
   tensor: TensorEntry;
 }
 
+/** One layer's heat order, as it is stored. */
+export interface HeatOrderExtent extends Place {
+  kind: 'heat_order';
+  tensor: TensorEntry;
+  order: Uint32Array;
+}
+
 /** Where every byte of the model directory will be, decided before the first is written. */
 export interface Plan {
   /** In order of file and offset. */
-  resident: (TensorExtent | ChecksumExtent)[];
+  resident: (TensorExtent | ChecksumExtent | HeatOrderExtent)[];
   neurons: NeuronExtent[];
   layout: BundleLayout;
   residentBytes: number;
@@ -57,9 +69,10 @@ export interface Plan {
 
 /**
  * Lays out `resident.bin` and `neurons.bin` (FORMAT.md sections 3 and 4). A pure function of the checkpoint's shapes:
- * neither memory nor threads have a say, so the same checkpoint and recipe always give the same files.
+ * neither memory nor threads have a say, so the same checkpoint and recipe always give the same files. `order` is the heat
+ * order of each layer; null leaves neurons where they are.
  */
-export function planExtents(model: SourceModel, recipe: Recipe): Plan {
+export function planExtents(model: SourceModel, recipe: Recipe, order: HeatOrder | null = null): Plan {
   const h = model.hyperparameters;
   const matrices = h.ffn.gated ? 3 : 2;
   const layout = chooseBundleLayout(recipe.ffn, h.hidden_size, matrices);
@@ -75,7 +88,7 @@ export function planExtents(model: SourceModel, recipe: Recipe): Plan {
   }
   residentExtents.push(resident.tensorExtent(embedding));
   model.layers.forEach((layer, l) => {
-    residentExtents.push(resident.tensorExtent(planAttention(layer, `layers.${l}`, recipe)));
+    residentExtents.push(resident.tensorExtent(planAttention(layer, `layers.${l}`, recipe, order?.[l])));
   });
   const head = new TensorPlanner('head');
   head.add('output_norm', model.output_norm, 'f32');
@@ -102,8 +115,16 @@ export function planExtents(model: SourceModel, recipe: Recipe): Plan {
       encoding: recipe.ffn,
       layout,
       checksums,
+      order: order?.[l] ?? null,
     };
   });
+  for (const [l, layerOrder] of (order ?? []).entries()) {
+    const name = `layers.${l}.heat_order`;
+    const bytes = layerOrder.byteLength;
+    const [rows, columns] = [expertCount(h), h.neuron_count];
+    const tensor = { name, extent: name, offset: 0, bytes, encoding: 'u32', rows, columns } as const;
+    residentExtents.push({ kind: 'heat_order', ...resident.extent(name, bytes), tensor, order: layerOrder });
+  }
   return {
     resident: residentExtents,
     neurons: neuronExtents,
@@ -126,10 +147,10 @@ export function numberBytes(tensor: SourceTensor): number {
   return tensor.type === 'F32' ? 4 : 2;
 }
 
-function planAttention(layer: SourceLayer, name: string, recipe: Recipe): TensorPlanner {
+function planAttention(layer: SourceLayer, name: string, recipe: Recipe, order?: Uint32Array): TensorPlanner {
   const planner = new TensorPlanner(`${name}.attention`);
   const add = (part: Exclude<keyof SourceLayer, 'experts'>, encoding: Encoding) =>
-    planner.add(`${name}.${part}`, layer[part], encoding);
+    planner.add(`${name}.${part}`, layer[part], encoding, 0, part === 'up_bias' ? order : undefined);
   add('attention_norm', 'f32');
   for (const part of ['q', 'k', 'v', 'o'] as const) add(part, recipe.attention);
   add('ffn_norm', 'f32');
@@ -149,13 +170,13 @@ class TensorPlanner {
 
   constructor(readonly name: string) {}
 
-  add(name: string, source: SourceTensor | undefined, encoding: Encoding, skippedRows = 0): void {
+  add(name: string, source: SourceTensor | undefined, encoding: Encoding, skippedRows = 0, order?: Uint32Array) {
     if (!source) return;
     const [rows, columns] = source.shape.length === 1 ? [1, source.shape[0]] : source.shape;
     const offset = Math.ceil(this.bytes / TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT;
     const bytes = (rows - skippedRows) * rowBytes(encoding, columns);
     const tensor = { name, extent: this.name, offset, bytes, encoding, rows: rows - skippedRows, columns };
-    this.tensors.push({ ...tensor, source, firstSourceRow: skippedRows });
+    this.tensors.push({ ...tensor, source, firstSourceRow: skippedRows, ...(order ? { order } : {}) });
     this.bytes = offset + bytes;
   }
 }

@@ -1,8 +1,15 @@
-import type { Placement } from '../../src/engine/contract.js';
+import { type Placement, SKIPPED } from '../../src/engine/contract.js';
 import { type Encoding, GROUP, rowBytes, scaleBytes, weightBytes } from '../../src/format/encoding.js';
 import { type BundleLayout, expertBytes } from '../../src/format/layout.js';
 import type { SourceTensor } from '../checkpoint/model.js';
-import { CHECKSUM_BYTES, type NeuronExtent, numberBytes, TENSOR_ALIGNMENT, type TensorExtent } from './extents.js';
+import {
+  CHECKSUM_BYTES,
+  type NeuronExtent,
+  numberBytes,
+  type PlannedTensor,
+  TENSOR_ALIGNMENT,
+  type TensorExtent,
+} from './extents.js';
 
 /** What a piece may hold in memory. */
 export interface Limits {
@@ -27,6 +34,10 @@ export interface Load {
   end: number;
   placement: Placement;
   firstVector: number;
+  /** In heat order: the vector that each row (column) read becomes, `SKIPPED` for columns that belong to other pieces. */
+  order?: Uint32Array;
+  /** In heat order: the rows to read, ascending, in place of `firstRow` and those after it. */
+  rowList?: Uint32Array;
 }
 
 /** Neurons of one expert in a piece, for their checksums. */
@@ -81,6 +92,14 @@ export function loadBytes(load: Load): number {
   return load.rows * load.columns * numberBytes(load.source);
 }
 
+/** Bytes of the source that a load encodes: without columns that it has to read and leaves to other pieces. */
+export function encodedBytes(load: Load): number {
+  if (load.vectors === 'rows' || !load.order) return loadBytes(load);
+  let columns = 0;
+  for (const vector of load.order) if (vector !== SKIPPED) columns++;
+  return load.rows * columns * numberBytes(load.source);
+}
+
 /** Bytes of the checksums of a piece's neurons, and where they go in the layer's checksum extent. */
 export function checksumRange(piece: Piece): { begin: number; end: number } {
   const extent = piece.extent as NeuronExtent;
@@ -105,6 +124,11 @@ function cutTensors(extent: TensorExtent, done: number, limits: Limits): Piece[]
       const room = Math.max(1, Math.floor((most - (begin - cutter.begin)) / bytesPerRow));
       const rows = Math.min(tensor.rows - row, room);
       cutter.end = begin + rows * bytesPerRow;
+      if (tensor.order) {
+        cutter.load(orderedVector(tensor, tensor.order, begin - cutter.begin));
+        row += rows;
+        continue;
+      }
       for (const [first, count] of runs(row, rows, Math.floor(limits.chunkBytes / sourceRowBytes))) {
         cutter.load({
           source: tensor.source,
@@ -124,6 +148,24 @@ function cutTensors(extent: TensorExtent, done: number, limits: Limits): Piece[]
     }
   }
   return cutter.finish();
+}
+
+/** A vector whose numbers are put in heat order: as a matrix of one column, whose rows are then vectors of one number. */
+function orderedVector(tensor: PlannedTensor, order: Uint32Array, begin: number): Load {
+  return {
+    source: { ...tensor.source, shape: [tensor.columns, 1] },
+    firstRow: 0,
+    rows: tensor.columns,
+    firstColumn: 0,
+    columns: 1,
+    encoding: tensor.encoding,
+    vectors: 'rows',
+    begin,
+    end: begin + tensor.bytes,
+    placement: rowPlacement(tensor.encoding, 1),
+    firstVector: 0,
+    order: vectorsOf(order, tensor.columns),
+  };
 }
 
 function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[] {
@@ -146,11 +188,17 @@ function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[]
       const neurons = Math.min(neuronCount - first, count * perUnit);
       const range = { begin: begin - cutter.begin, end: cutter.end - cutter.begin, neurons };
       cutter.range(range);
+      const start = e * neuronCount + first;
+      const scattered = extent.order && scatter(extent.order.subarray(start, start + neurons), neuronCount);
       const matrices = [expert.gate, expert.up, expert.down].filter((matrix) => matrix !== undefined);
       for (const [m, source] of matrices.entries()) {
         const common = { source, encoding: extent.encoding, begin: range.begin, end: range.end };
         const placement = bundlePlacement(layout, extent.encoding, extent.hiddenSize, m);
-        if (source === expert.down) {
+        if (scattered) {
+          for (const load of scatteredLoads(extent, scattered, source === expert.down, limits.chunkBytes, source)) {
+            cutter.load({ ...common, ...load, placement });
+          }
+        } else if (source === expert.down) {
           for (const band of bands(extent.hiddenSize, neurons, limits.chunkBytes, numberBytes(source))) {
             cutter.load({
               ...common,
@@ -181,6 +229,57 @@ function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[]
     }
   }
   return cutter.finish();
+}
+
+/** Where the neurons of a range lie in the checkpoint. */
+interface Scattered {
+  /** Neurons of the range, ascending, and the vector that each becomes. */
+  rows: Uint32Array;
+  vectors: Uint32Array;
+  /** For every neuron of the expert: the vector it becomes, or `SKIPPED`. */
+  columns: Uint32Array;
+}
+
+function scatter(order: Uint32Array, neuronCount: number): Scattered {
+  const rows = order.slice().sort();
+  const columns = vectorsOf(order, neuronCount);
+  return { rows, vectors: rows.map((neuron) => columns[neuron]), columns };
+}
+
+/** The place of each of `count` things in `order`, or `SKIPPED`. */
+function vectorsOf(order: Uint32Array, count: number): Uint32Array {
+  const vectors = new Uint32Array(count).fill(SKIPPED);
+  for (let i = 0; i < order.length; i++) vectors[order[i]] = i;
+  return vectors;
+}
+
+/**
+ * The loads of one matrix for neurons that are scattered over it. Rows are read where they are wanted; columns would be single
+ * numbers, so that whole bands of them are read and those of other pieces left out.
+ */
+function* scatteredLoads(
+  extent: NeuronExtent,
+  { rows, vectors, columns }: Scattered,
+  isDown: boolean,
+  chunkBytes: number,
+  source: SourceTensor,
+): Generator<
+  Pick<Load, 'firstRow' | 'rows' | 'firstColumn' | 'columns' | 'vectors' | 'firstVector' | 'order' | 'rowList'>
+> {
+  if (isDown) {
+    for (const band of bands(extent.hiddenSize, extent.neuronCount, chunkBytes, numberBytes(source))) {
+      const order = columns.subarray(band.firstColumn, band.firstColumn + band.columns);
+      if (order.some((vector) => vector !== SKIPPED)) yield { ...band, vectors: 'columns', firstVector: 0, order };
+    }
+    return;
+  }
+  const most = Math.floor(chunkBytes / (extent.hiddenSize * numberBytes(source)));
+  for (const [first, count] of runs(0, rows.length, most)) {
+    const rowList = rows.subarray(first, first + count);
+    const order = vectors.subarray(first, first + count);
+    const whole = { firstColumn: 0, columns: extent.hiddenSize };
+    yield { ...whole, firstRow: rowList[0], rows: count, vectors: 'rows', firstVector: 0, order, rowList };
+  }
 }
 
 /** Where matrix number `matrix` (gate, up, down; without a gate: up, down) of a bundle goes; FORMAT.md section 4. */

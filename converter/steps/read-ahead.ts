@@ -2,8 +2,26 @@ import type { Checkpoint } from '../checkpoint/checkpoint.js';
 import { numberBytes } from './extents.js';
 import { type Load, loadBytes } from './pieces.js';
 
-/** Rows of a rectangle that are asked for at once: enough to keep a disk busy. */
-const ROWS_AT_ONCE = 32;
+/** Reads that are asked for at once: enough to keep a disk busy. */
+const SPANS_AT_ONCE = 32;
+
+/** Rows of a load that lie together in the file: `rows` of them from `row` of the matrix on, row `at` of the load the first. */
+interface Span {
+  at: number;
+  row: number;
+  rows: number;
+}
+
+/** The fewest spans that a load's rows can be read in; `width` is that of the matrix. */
+function* rowSpans({ rowList, firstRow, rows, columns }: Load, width: number): Generator<Span> {
+  const rowOf = (at: number) => (rowList ? rowList[at] : firstRow + at);
+  for (let at = 0; at < rows; ) {
+    let end = at + 1;
+    while (columns === width && end < rows && rowOf(end) === rowOf(end - 1) + 1) end++;
+    yield { at, row: rowOf(at), rows: end - at };
+    at = end;
+  }
+}
 
 /** Reads loads one after another, always one ahead of what is asked for, into two chunks that it owns. */
 export class ReadAhead {
@@ -46,18 +64,13 @@ export class ReadAhead {
   async #read(load: Load, chunk: Uint8Array): Promise<Uint8Array> {
     const size = numberBytes(load.source);
     const width = load.source.shape[load.source.shape.length - 1];
-    const offsetOf = (row: number) => ((load.firstRow + row) * width + load.firstColumn) * size;
-    if (load.columns === width) {
-      await this.#checkpoint.read(load.source, offsetOf(0), chunk);
-      return chunk;
-    }
     const rowBytes = load.columns * size;
-    for (let first = 0; first < load.rows; first += ROWS_AT_ONCE) {
-      const reads: Promise<void>[] = [];
-      for (let row = first; row < Math.min(load.rows, first + ROWS_AT_ONCE); row++) {
-        const part = chunk.subarray(row * rowBytes, (row + 1) * rowBytes);
-        reads.push(this.#checkpoint.read(load.source, offsetOf(row), part));
-      }
+    const spans = [...rowSpans(load, width)];
+    for (let first = 0; first < spans.length; first += SPANS_AT_ONCE) {
+      const reads = spans.slice(first, first + SPANS_AT_ONCE).map(({ at, row, rows }) => {
+        const part = chunk.subarray(at * rowBytes, (at + rows) * rowBytes);
+        return this.#checkpoint.read(load.source, (row * width + load.firstColumn) * size, part);
+      });
       // All of them, even after a failure: their memory is used again.
       const results = await Promise.allSettled(reads);
       for (const result of results) if (result.status === 'rejected') throw result.reason;

@@ -6,7 +6,7 @@ import type { Checkpoint } from '../checkpoint/checkpoint.js';
 import type { Journal, PieceRecord, Progress } from '../write/journal.js';
 import type { OutputFile } from '../write/output.js';
 import type { NeuronExtent } from './extents.js';
-import { checksumRange, type Load, loadBytes, type Piece } from './pieces.js';
+import { checksumRange, encodedBytes, type Load, type Piece } from './pieces.js';
 import { ReadAhead } from './read-ahead.js';
 
 /** What the steps of a conversion work with. */
@@ -19,7 +19,7 @@ export interface Workshop {
   progress: Progress;
   threads: number;
   signal: AbortSignal;
-  /** Hears of every load that was encoded: its piece and the bytes of the source. */
+  /** Hears of every load that was encoded: its piece and the bytes of the source that were. */
   onLoad: (piece: Piece, bytes: number) => void;
 }
 
@@ -43,7 +43,7 @@ export async function runPieces(pieces: readonly Piece[], shop: Workshop): Promi
       for (const load of piece.loads) {
         shop.signal.throwIfAborted();
         await encode(load, await reader.next(), target, shop);
-        shop.onLoad(piece, loadBytes(load));
+        shop.onLoad(piece, encodedBytes(load));
       }
       await finishing;
       finishing = finish(piece, target, shop);
@@ -67,6 +67,7 @@ async function encode(load: Load, source: Uint8Array, target: Uint8Array, shop: 
     target: target.subarray(load.begin, load.end),
     placement: load.placement,
     firstVector: load.firstVector,
+    ...(load.order ? { order: load.order } : {}),
     threads: shop.threads,
   };
   const bad =
@@ -143,9 +144,11 @@ function seedOf(text: string | undefined): number {
 }
 
 function badNumberError(load: Load, bad: BadNumber): Pi2Error {
-  const row = load.firstRow + bad.row;
+  const row = load.rowList ? load.rowList[bad.row] : load.firstRow + bad.row;
   const column = load.firstColumn + bad.column;
-  const place = load.source.shape.length === 1 ? `element ${column}` : `row ${row}, column ${column}`;
+  // A vector is read as a matrix of one row, or of one column.
+  const isVector = load.source.shape.length === 1 || load.source.shape[1] === 1;
+  const place = isVector ? `element ${row + column}` : `row ${row}, column ${column}`;
   if (!Number.isFinite(bad.value)) {
     return new Pi2Error(
       'E_NOT_FINITE',

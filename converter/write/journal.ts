@@ -11,6 +11,8 @@ const headerSchema = z.strictObject({
   format_version: z.number(),
   converter: z.string(),
   recipe: z.record(z.string(), z.string()),
+  /** sha256 of the activation profile that neurons are sorted by; null for the order of the checkpoint. */
+  profile: z.string().nullable(),
   checkpoint: z.string(),
   sources: z.array(z.strictObject({ file: z.string(), bytes, modified_ns: z.string() })),
 });
@@ -134,6 +136,9 @@ function compareHeaders(found: JournalHeader, wanted: JournalHeader): string | n
   if (!same('format_version') || !same('converter')) return 'it was begun by another version of this program';
   if (!same('checkpoint')) return `it was begun from ${found.checkpoint}`;
   if (!same('recipe')) return `it was begun with --quant ${found.recipe.name ?? 'of another kind'}`;
+  if (!same('profile')) {
+    return found.profile === null ? 'it was begun without a profile' : 'it was begun with another profile';
+  }
   if (!same('sources')) return 'the checkpoint has changed since';
   return null;
 }

@@ -1,8 +1,14 @@
+import { crc32 } from 'node:zlib';
+import { PROGRAM_VERSION } from '../../src/base/version.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
 import { type Extent, FORMAT_VERSION, type Manifest, manifestSchema } from '../../src/format/manifest.js';
+import { type Heat, orderBytes } from '../activation/heat.js';
 import type { Recipe } from '../quantize/recipe.js';
 import type { Plan } from '../steps/extents.js';
 import type { Progress } from './journal.js';
+
+/** Who makes models, as manifests and journals name it. */
+export const CONVERTER = `powerinfer2 ${PROGRAM_VERSION}`;
 
 /** Builds `model.json` of a finished conversion; checked by the schema that readers use. */
 export function makeManifest(parts: {
@@ -11,10 +17,10 @@ export function makeManifest(parts: {
   recipe: Recipe;
   plan: Plan;
   progress: Progress;
-  converter: string;
   sources: Manifest['provenance']['sources'];
+  heat: Heat | null;
 }): Manifest {
-  const { plan, progress } = parts;
+  const { plan, progress, heat } = parts;
   const extents: Extent[] = [];
   const tensors: Manifest['tensors'] = [];
   for (const { name, file, offset, bytes } of [...plan.resident, ...plan.neurons]) {
@@ -25,8 +31,11 @@ export function makeManifest(parts: {
     checksums.crc32 = progress.pieces.get(neurons.name)?.checksums_crc32 ?? '';
   }
   for (const extent of plan.resident) {
-    if (extent.kind === 'checksums') tensors.push(extent.tensor);
-    else for (const { source: _, firstSourceRow: __, ...tensor } of extent.tensors) tensors.push(tensor);
+    if (extent.kind !== 'tensors') tensors.push(extent.tensor);
+    else for (const { source: _, firstSourceRow: __, order: ___, ...tensor } of extent.tensors) tensors.push(tensor);
+    if (extent.kind !== 'heat_order') continue;
+    const entry = extents.find(({ name }) => name === extent.name) as Extent;
+    entry.crc32 = crc32(orderBytes(extent)).toString(16).padStart(8, '0');
   }
   return manifestSchema.parse({
     format: { name: 'pi2', version: FORMAT_VERSION },
@@ -34,9 +43,15 @@ export function makeManifest(parts: {
     hyperparameters: parts.hyperparameters,
     quantization: parts.recipe,
     layout: plan.layout,
-    heat_order: 'identity',
+    heat_order: heat
+      ? { tokens: heat.profile.batches[0], profile_bytes: heat.bytes.length, profile_sha256: heat.sha256 }
+      : 'identity',
     extents,
     tensors,
-    provenance: { converter: parts.converter, sources: parts.sources },
+    provenance: {
+      converter: CONVERTER,
+      sources: parts.sources,
+      ...(heat ? { calibration: heat.profile.texts } : {}),
+    },
   });
 }

@@ -16,6 +16,8 @@ export class Output {
   readonly path: string;
   readonly partialPath: string;
   readonly lockPath: string;
+  /** Where the profile of a calibration is made. */
+  readonly calibrationPath: string;
   /** Where a model that is replaced stays for the moment between two renames. */
   readonly #replacedPath: string;
 
@@ -23,6 +25,7 @@ export class Output {
     this.path = path;
     this.partialPath = `${path}.partial`;
     this.lockPath = `${path}.lock`;
+    this.calibrationPath = `${path}.calibration`;
     this.#replacedPath = `${path}.replaced`;
   }
 
@@ -79,6 +82,10 @@ export class Output {
 
   async removePartial(): Promise<void> {
     await rm(this.partialPath, { recursive: true, force: true });
+  }
+
+  async removeCalibration(): Promise<void> {
+    await rm(this.calibrationPath, { recursive: true, force: true });
   }
 
   /** Throws `E_DISK_FULL` unless `neededBytes`, less what the partial directory already holds, are free. */

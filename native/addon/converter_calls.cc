@@ -15,6 +15,7 @@ namespace {
 /** Whether all vectors of a request, `columns` weights each, lie inside `target_bytes`. */
 bool placement_fits(const Placement& p, size_t vectors, Encoding encoding, size_t columns, size_t target_bytes) {
   constexpr size_t kLimit = size_t{1} << 50;
+  if (vectors == 0) return true;
   if (p.unit_bytes > kLimit || p.weights_stride > kLimit || p.scales_stride > kLimit || vectors > kLimit / 64 ||
       p.weights_offset > kLimit || p.scales_offset > kLimit || p.per_unit > kLimit) {
     return false;
@@ -70,7 +71,10 @@ Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
     } else {
       const Napi::Uint32Array array = order.As<Napi::Uint32Array>();
       request.order = array.Data();
-      vector_end = vectors == 0 ? 0 : *std::max_element(array.Data(), array.Data() + vectors) + size_t{1};
+      vector_end = 0;
+      for (size_t i = 0; i < vectors; i++) {
+        if (array[i] != kSkipped) vector_end = std::max(vector_end, array[i] + size_t{1});
+      }
       kept.push_back(array);
     }
   }

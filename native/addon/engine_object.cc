@@ -63,7 +63,9 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     };
     if (!typed(tokens_value, napi_int32_array)) fields.fail("tokens must be an Int32Array");
     if (!typed(logits_value, napi_float32_array)) fields.fail("logits must be a Float32Array");
-    if (fields.has("fired")) fields.bytes("fired");
+    for (const char* name : {"fired", "routed"}) {
+      if (fields.has(name)) fields.bytes(name);
+    }
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
     if (closed_) return Task::refuse(env, closed());
     if (shared_->busy.exchange(true)) {
@@ -76,25 +78,31 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     const size_t count = tokens.ElementLength();
     const size_t room = logits.ElementLength();
     std::vector<Napi::Object> kept = {tokens, logits};
-    uint8_t* fired_data = nullptr;
+    FiringRecord record;
     size_t fired_room = 0;
-    if (fields.has("fired")) {
-      Napi::Uint8Array fired = fields.bytes("fired");
-      fired_data = fired.Data();
-      fired_room = fired.ByteLength();
-      kept.push_back(fired);
-    }
+    size_t routed_room = 0;
+    const auto bits = [&](const char* name, uint8_t** data, size_t* bytes) {
+      if (!fields.has(name)) return;
+      Napi::Uint8Array array = fields.bytes(name);
+      *data = array.Data();
+      *bytes = array.ByteLength();
+      kept.push_back(array);
+    };
+    bits("fired", &record.fired, &fired_room);
+    bits("routed", &record.routed, &routed_room);
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, fired_data, fired_room] {
+        [shared = shared_, token_data, logit_data, count, room, position, all, record, fired_room, routed_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
           if (room < (all ? count : 1) * shared->engine->vocab_size()) {
             status = Status::argument("logits is too small");
-          } else if (fired_data != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
+          } else if (record.fired != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
             status = Status::argument("fired is too small");
+          } else if (record.routed != nullptr && routed_room < count * shared->engine->routed_bytes_per_token()) {
+            status = Status::argument("routed is too small");
           } else {
-            status = shared->engine->step(token_data, count, position, logit_data, all, fired_data);
+            status = shared->engine->step(token_data, count, position, logit_data, all, record);
           }
           shared->busy.store(false);
           shared->busy.notify_all();

@@ -161,7 +161,8 @@ void Engine::add_update(size_t count) {
   }
 }
 
-Status Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits) {
+/** `record` begins at the first of these tokens, with layer 0. */
+Status Engine::run_layer(size_t index, size_t count, size_t position, FiringRecord record) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
@@ -169,8 +170,11 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, uint8_t* f
   add_update(count);
   normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
   const size_t layer_bytes = config_.expert_count * fired_bytes(config_.neuron_count);
-  Status status = ffn_.compute(index, layer, normed_, count, update_, stride,
-                               fired_bits == nullptr ? nullptr : fired_bits + index * layer_bytes, fired_bytes_per_token());
+  ffn_.record_routes(record.routed == nullptr ? nullptr : record.routed + index * routed_bytes(config_.expert_count),
+                     routed_bytes_per_token());
+  Status status =
+      ffn_.compute(index, layer, normed_, count, update_, stride,
+                   record.fired == nullptr ? nullptr : record.fired + index * layer_bytes, fired_bytes_per_token());
   add_update(count);
   resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
   return status;
@@ -192,7 +196,7 @@ void Engine::compute_logits(size_t first, size_t count, float* logits) {
   resident_bytes_read_ += head.bytes();
 }
 
-Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits) {
+Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, FiringRecord record) {
   if (count == 0) return Status::argument("a step needs at least one token");
   if (position > config_.context_length || count > config_.context_length - position) {
     return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
@@ -205,19 +209,21 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
       return Status::argument("token " + std::to_string(tokens[i]) + " is not in the vocabulary");
     }
   }
-  if (fired_bits != nullptr) std::fill_n(fired_bits, count * fired_bytes_per_token(), uint8_t{0});
+  if (record.fired != nullptr) std::fill_n(record.fired, count * fired_bytes_per_token(), uint8_t{0});
+  if (record.routed != nullptr) std::fill_n(record.routed, count * routed_bytes_per_token(), uint8_t{0});
   // Whatever happens below, positions from here on no longer hold what they held.
   filled_ = position;
   for (size_t done = 0; done < count;) {
     const size_t batch = std::min(config_.batch_size, count - done);
     embed(tokens + done, batch, position + done);
     attention_.begin(position + done, batch);
-    uint8_t* bits = fired_bits == nullptr ? nullptr : fired_bits + done * fired_bytes_per_token();
     for (size_t i = 0; i < config_.layer_count; i++) {
-      Status status = run_layer(i, batch, position + done, bits);
+      Status status = run_layer(i, batch, position + done, record);
       // The positions of this batch stay unfilled: the next step may begin there again.
       if (!status.is_ok()) return status;
     }
+    if (record.fired != nullptr) record.fired += batch * fired_bytes_per_token();
+    if (record.routed != nullptr) record.routed += batch * routed_bytes_per_token();
     if (all) {
       compute_logits(0, batch, logits + done * config_.vocab_size);
     } else if (done + batch == count) {

@@ -43,6 +43,12 @@ struct EngineMemory {
   size_t load_bytes = 0;
 };
 
+/** What a step writes down besides logits, as bits that are set; null: nothing. */
+struct FiringRecord {
+  uint8_t* fired = nullptr;   // (token, layer, expert, neuron): fired_bytes_per_token() for each token
+  uint8_t* routed = nullptr;  // (token, layer, expert): routed_bytes_per_token() for each token
+};
+
 class Engine {
  public:
   /** What `open` would allocate for a configuration. */
@@ -52,15 +58,16 @@ class Engine {
 
   /**
    * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
-   * `logits` gets vocab_size floats of each token if `all`, else of the last. `fired_bits`, if not null, gets which neurons
-   * fired: fired_bytes_per_token() for each token, (layer, expert, neuron) by bits.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. `record` gets which neurons fired and which
+   * experts were used.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, uint8_t* fired_bits);
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, FiringRecord record);
 
   const char* kernel_set() const { return kernels_->name; }
   size_t fired_bytes_per_token() const {
     return config_.layer_count * config_.expert_count * fired_bytes(config_.neuron_count);
   }
+  size_t routed_bytes_per_token() const { return config_.layer_count * routed_bytes(config_.expert_count); }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
   /** The experts, if they are streamed, else null. */
@@ -74,7 +81,7 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  Status run_layer(size_t index, size_t count, size_t position, uint8_t* fired_bits);
+  Status run_layer(size_t index, size_t count, size_t position, FiringRecord record);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;

@@ -34,6 +34,7 @@ Status Ffn::compute(size_t layer_index, const LayerWeights& layer, const Activat
   for (size_t t = 0; t < tokens; t++) std::memset(out + t * out_stride, 0, out_stride * sizeof(float));
   Status status;
   if (config_->expert_count == 1) {
+    for (size_t t = 0; routed_bits_ != nullptr && t < tokens; t++) routed_bits_[t * routed_stride_] = 1;
     status =
         experts_->run({layer_index, 0, layer, x, tokens, nullptr, out, out_stride, {fired_bits, fired_stride, nullptr}});
   } else {
@@ -59,6 +60,10 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
   for (size_t t = 0; t < tokens; t++) {
     const float share = shares_[expert * config_->batch_size + t];
     if (share == 0.0f) continue;
+    if (routed_bits_ != nullptr) {
+      uint8_t& byte = routed_bits_[t * routed_stride_ + expert / 8];
+      byte = static_cast<uint8_t>(byte | (1u << (expert % 8)));
+    }
     tokens_[count] = static_cast<uint32_t>(t);
     token_shares_[count] = share;
     std::memcpy(routed_.token(count), x.token(t), stride * sizeof(float));

@@ -21,6 +21,15 @@ class Ffn {
   /** Bytes of routers read since bind. */
   uint64_t router_bytes_read() const { return router_bytes_read_; }
 
+  /**
+   * Whether the next computations also say where tokens are routed: bit e of token t's bytes at bits + t * stride is set for
+   * every expert e that it uses. Null: they do not.
+   */
+  void record_routes(uint8_t* bits, size_t stride) {
+    routed_bits_ = bits;
+    routed_stride_ = stride;
+  }
+
  private:
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
@@ -37,6 +46,8 @@ class Ffn {
   float* token_shares_ = nullptr;   // (batch): of one expert's tokens
   uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
   Activations routed_;
+  uint8_t* routed_bits_ = nullptr;  // of this layer, or null
+  size_t routed_stride_ = 0;
   uint64_t router_bytes_read_ = 0;
 };
 

@@ -29,6 +29,9 @@ constexpr size_t part_room(size_t neurons) { return (chunk_total(neurons) + kPar
 /** Bytes of one token's fired bits of one expert. */
 constexpr size_t fired_bytes(size_t neurons) { return (neurons + 7) / 8; }
 
+/** Bytes of one token's routed bits of one layer. */
+constexpr size_t routed_bytes(size_t experts) { return (experts + 7) / 8; }
+
 /** Whether a neuron with this product of its gate row can contribute at all. */
 inline bool gate_fires(const EngineConfig& config, float gate) {
   switch (config.activation) {

@@ -190,6 +190,7 @@ BadNumber encode_rows(const EncodeRequest& r) {
   run_in_ranges(r.threads, r.rows, [&](size_t begin, size_t end) {
     std::vector<float> values(group_count(r.columns) * kGroup, 0.0f);
     for (size_t row = begin; row < end; row++) {
+      if (r.skips(row)) continue;
       const uint8_t* source = r.source + row * r.columns * source_type_bytes(r.source_type);
       for (size_t column = 0; column < r.columns; column++) {
         values[column] = number_at(source, r.source_type, column);
@@ -218,11 +219,12 @@ BadNumber encode_columns(const EncodeRequest& r, size_t first_element) {
       for (size_t row = 0; row < r.rows; row++) {
         for (size_t c = 0; c < count; c++) {
           const float value = number_at(r.source, r.source_type, row * r.columns + first + c);
-          if (is_bad(value, limit)) return bad.meet(row, first + c, value);
+          if (is_bad(value, limit) && !r.skips(first + c)) return bad.meet(row, first + c, value);
           values[c * padded + row] = value;
         }
       }
       for (size_t c = 0; c < count; c++) {
+        if (r.skips(first + c)) continue;
         const size_t v = r.vector_of(first + c);
         encode_groups(values.data() + c * padded, r.rows, r.encoding,
                       r.target + r.placement.weights_at(v) + first_weight_byte,

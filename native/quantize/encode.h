@@ -28,6 +28,9 @@ struct Placement {
   size_t scales_at(size_t v) const { return v / per_unit * unit_bytes + v % per_unit * scales_stride + scales_offset; }
 };
 
+/** In place of a vector number: this row or column becomes none. */
+constexpr uint32_t kSkipped = 0xffffffff;
+
 /** A matrix of numbers and the vectors it becomes. */
 struct EncodeRequest {
   const uint8_t* source;
@@ -38,11 +41,12 @@ struct EncodeRequest {
   uint8_t* target;
   Placement placement;
   size_t first_vector;
-  /** Null, or the vector number of each source row (column). */
+  /** Null, or the vector number of each source row (column); kSkipped for those that are not wanted. */
   const uint32_t* order;
   size_t threads;
 
   size_t vector_of(size_t i) const { return order != nullptr ? order[i] : first_vector + i; }
+  bool skips(size_t i) const { return order != nullptr && order[i] == kSkipped; }
 };
 
 /** The first number (by row, then column) that cannot be stored. */

@@ -35,6 +35,7 @@ export const ERROR_CODES = {
   E_PICKLE: 'badInput',
   E_TOKENIZER: 'badInput',
   E_TEXT: 'badInput',
+  E_PROFILE: 'badInput',
   E_CHANGED: 'badInput',
   // model directories
   E_MODEL: 'badModel',

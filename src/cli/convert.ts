@@ -3,7 +3,9 @@ import { type ConvertEvent, convert } from '../../converter/convert.js';
 import type { ConvertResult } from '../../converter/result.js';
 import { formatBytes, parseBytes } from '../base/bytes.js';
 import { formatDuration } from '../base/duration.js';
+import { Pi2Error } from '../base/error.js';
 import { QUANTIZATIONS, type QuantizationName } from '../format/manifest.js';
+import { describeSummary, profileSummary } from '../report/profile-table.js';
 import type { ProgressView } from '../ui/progress-view.js';
 import { withInterrupt, writeJson } from './output.js';
 
@@ -11,6 +13,8 @@ interface Options {
   output?: string;
   quant: QuantizationName;
   maxRam: number;
+  profile?: string;
+  calibration?: string;
   force?: boolean;
   json?: boolean;
 }
@@ -45,6 +49,11 @@ export function convertCommand(): Command {
         .argParser(parseBytes)
         .default(parseBytes(DEFAULT_MAX_RAM), DEFAULT_MAX_RAM),
     )
+    .option('--profile <FILE>', 'sort neurons by an activation profile of this checkpoint, the hottest first')
+    .option(
+      '--calibration <TEXT>',
+      'the same, making the profile on this UTF-8 text first; the model must fit --max-ram',
+    )
     .option('--force', 'replace an existing model, once the new one is whole')
     .option('--json', 'print progress and result as JSON, one object a line, on stdout')
     .addHelpText(
@@ -56,8 +65,12 @@ turbosparsemixtral, sparsellama and opt. Nothing is executed, nothing is written
 While it works the model is called NAME.pi2.partial. Stopped by Ctrl-C, a full disk or a crash, the same command
 continues where it stopped, and the result is the same byte for byte.
 
+In heat order (--profile, --calibration) the model says the same, but the neurons it needs most lie together.
+The profile becomes a part of it. While one is made, NAME.pi2.calibration holds the model in checkpoint order.
+
 Examples:
   powerinfer2 convert ./TurboSparse-Mistral-Instruct
+  powerinfer2 convert ./Bamboo-base-v0_1 -o bamboo.pi2 --calibration calibration.txt --max-ram 6G
   powerinfer2 convert ./Llama-3.2-1B -o llama.pi2 --quant q8 --max-ram 512M`,
     )
     .action(async (checkpoint: string, options: Options) => {
@@ -70,12 +83,17 @@ async function runConvert(checkpoint: string, options: Options): Promise<void> {
   // Past a limit on file sizes a write fails and sends this signal, which Ink's exit hook would take for the end.
   process.on('SIGXFSZ', ignore);
   try {
+    if (options.profile !== undefined && options.calibration !== undefined) {
+      throw new Pi2Error('E_USAGE', '--profile and --calibration are given both', 'one of them makes the heat order');
+    }
     const request = {
       checkpoint,
       output: options.output,
       quantization: options.quant,
       maxMemoryBytes: options.maxRam,
       force: options.force ?? false,
+      profile: options.profile,
+      calibration: options.calibration,
     };
     const onEvent = (event: ConvertEvent) => (event.type === 'note' ? log.note(event.text) : log.progress(event));
     const result = await withInterrupt((signal) => convert(request, onEvent, signal));
@@ -216,6 +234,7 @@ function resultObject(result: ConvertResult): object {
     ignored: result.ignored,
     has_tokenizer: result.hasTokenizer,
     resumed: result.resumed,
+    profile: result.profile && profileSummary(result.profile),
   };
 }
 
@@ -228,6 +247,7 @@ function describe(result: ConvertResult): string[] {
     `bits per weight: ffn ${bits.ffn}, attention ${bits.attention}, embedding ${bits.embedding}, ${head}; all ${bits.total}`,
     `took ${formatDuration(result.seconds)} (${rate}/s of the checkpoint), peak memory ${formatBytes(result.peakMemoryBytes)}`,
   ];
+  if (result.profile) lines.push(`neurons sorted by heat: ${describeSummary(profileSummary(result.profile))}`);
   if (result.ignored.length > 0) {
     const more = result.ignored.length > IGNORED_SHOWN ? ', …' : '';
     const names = result.ignored.slice(0, IGNORED_SHOWN).join(', ');

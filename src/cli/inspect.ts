@@ -1,10 +1,13 @@
 import { Command } from 'commander';
+import { readModelProfile } from '../../converter/activation/profile-file.js';
+import { profileStatistics } from '../../converter/activation/statistics.js';
 import { formatBytes } from '../base/bytes.js';
 import { isSplit, wasteShare } from '../format/layout.js';
 import type { Manifest } from '../format/manifest.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { type PartSize, partSizes } from '../format/sizes.js';
 import { formatShare, formatTable } from '../report/format.js';
+import { describeSummary, type ProfileSummary, profileSummary } from '../report/profile-table.js';
 import { writeJson, writeOut } from './output.js';
 
 /** `inspect`: what a model directory holds, from its manifest. */
@@ -18,13 +21,16 @@ export function inspectCommand(): Command {
 }
 
 async function inspect(directory: string, flags: { json?: boolean }): Promise<void> {
-  const { manifest } = await openModelDirectory(directory);
+  const model = await openModelDirectory(directory);
+  const { manifest } = model;
   const sizes = partSizes(manifest);
-  if (flags.json) await writeJson(inspection(manifest, sizes));
-  else await writeOut(describe(manifest, sizes));
+  const counted = await readModelProfile(model);
+  const profile = counted && profileSummary(profileStatistics(counted));
+  if (flags.json) await writeJson(inspection(manifest, sizes, profile));
+  else await writeOut(describe(manifest, sizes, profile));
 }
 
-function inspection(manifest: Manifest, sizes: PartSize[]): object {
+function inspection(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary | null): object {
   const { format, name, hyperparameters, quantization, layout, heat_order, provenance } = manifest;
   const total = totals(sizes);
   const parts = sizes.map(({ part, weights, bytes }) => ({
@@ -45,11 +51,12 @@ function inspection(manifest: Manifest, sizes: PartSize[]): object {
     parts,
     layout: { ...layout, waste_share: wasteShare(layout) },
     heat_order,
+    profile,
     provenance,
   };
 }
 
-function describe(manifest: Manifest, sizes: PartSize[]): string {
+function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary | null): string {
   const { hyperparameters: h, quantization: q, layout, provenance } = manifest;
   const total = totals(sizes);
   const heads = `${h.head_count} heads of ${h.head_dim}, ${h.kv_head_count} for keys and values`;
@@ -78,8 +85,12 @@ function describe(manifest: Manifest, sizes: PartSize[]): string {
     ['part 1, part 2', `${layout.part1_bytes} and ${layout.part2_bytes} bytes, ${isSplit(layout) ? 'split' : 'joint'}`],
     ['unit', `${layout.neurons_per_unit} neurons in ${layout.unit_bytes} bytes`],
     ['waste', formatShare(wasteShare(layout))],
-    ['heat order', manifest.heat_order],
+    ['heat order', profile === null ? 'none: as in the checkpoint' : `by profile: ${describeSummary(profile)}`],
   ];
+  const calibration = (provenance.calibration ?? []).map(({ sha256, tokens }): [string, string] => [
+    'calibration',
+    `${String(tokens).padStart(10)} tokens of the text with sha256 ${sha256}`,
+  ]);
   const sources = provenance.sources.map(({ file, bytes, sha256 }): [string, string] => [
     file,
     `${formatBytes(bytes).padStart(10)}  sha256 ${sha256}`,
@@ -92,7 +103,7 @@ function describe(manifest: Manifest, sizes: PartSize[]): string {
     'Neuron bundles',
     formatTable(bundles),
     `Provenance: made by ${provenance.converter} from`,
-    formatTable(sources),
+    formatTable([...sources, ...calibration]),
   ].join('\n');
 }
 

@@ -6,6 +6,7 @@ import { evalCommand } from './eval.js';
 import { inspectCommand } from './inspect.js';
 import { ExitWith, OutputClosed } from './output.js';
 import { perplexityCommand } from './perplexity.js';
+import { profileCommand } from './profile.js';
 import { runCommand } from './run.js';
 import { verifyCommand } from './verify.js';
 
@@ -64,6 +65,7 @@ function buildProgram(): Command {
     runCommand(),
     evalCommand(),
     perplexityCommand(),
+    profileCommand(),
     inspectCommand(),
     verifyCommand(),
   ];

@@ -44,6 +44,9 @@ export interface Placement {
   scalesStride: number;
 }
 
+/** In `order`, in place of a vector number: this row or column becomes none. */
+export const SKIPPED = 0xffffffff;
+
 export interface EncodeRowsRequest {
   /** Row-major source, `rows` x `columns` numbers of `sourceType`. */
   source: Uint8Array;
@@ -53,7 +56,7 @@ export interface EncodeRowsRequest {
   encoding: 'f32' | 'f16' | 'q8' | 'q4';
   target: Uint8Array;
   placement: Placement;
-  /** Number of the vector that source row r becomes: `order[r]` if given, else `firstVector + r`. */
+  /** Number of the vector that source row r becomes: `order[r]` if given (`SKIPPED` for none), else `firstVector + r`. */
   firstVector: number;
   order?: Uint32Array;
   threads: number;
@@ -203,6 +206,11 @@ export interface StepRequest {
    * bit i % 8 of byte i / 8 says that neuron i (in heat order) fired. Neurons of experts that were not routed to have not.
    */
   fired?: Uint8Array;
+  /**
+   * If given, receives which experts tokens were routed to: for each token, for each layer, ceil(experts / 8) bytes of bits as
+   * above. The FFN of a dense model is its expert 0.
+   */
+  routed?: Uint8Array;
 }
 
 /** Counters since open. Bytes are weight bytes the kernels read. */

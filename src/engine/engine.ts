@@ -59,6 +59,13 @@ const SLACK_BYTES = 8 * 1024 * 1024;
 const READ_LANES = 4;
 /** Two CRC-32 a neuron. */
 const CHECKSUM_BYTES = 8;
+/** Buffers for what a step tells besides logits; see `StepRequest`. */
+export interface FiringRecord {
+  /** `firedBytesPerToken` bytes a token: which neurons fired, in heat order. */
+  fired: Uint8Array;
+  /** `routedBytesPerToken` bytes a token: which experts were used. */
+  routed: Uint8Array;
+}
 
 /** What generation, evaluation and perplexity need of an engine. */
 export interface StepEngine {
@@ -78,6 +85,9 @@ export class Engine implements StepEngine {
   readonly threads: number;
   readonly kernelSet: KernelSet;
   readonly cpuFeatures: readonly string[];
+  /** Bytes of a token in `FiringRecord.fired` and in `FiringRecord.routed`. */
+  readonly firedBytesPerToken: number;
+  readonly routedBytesPerToken: number;
   /** From the call of `open` to the model being ready. */
   readonly loadMs: number;
   /** Memory that the whole process was to stay within. With `min`, what that came to. */
@@ -102,6 +112,8 @@ export class Engine implements StepEngine {
     this.contextLength = request.contextLength;
     this.vocabSize = request.vocabSize;
     this.threads = request.threads;
+    this.firedBytesPerToken = request.layerCount * request.expertCount * Math.ceil(request.neuronCount / 8);
+    this.routedBytesPerToken = request.layerCount * Math.ceil(request.expertCount / 8);
     this.kernelSet = native.kernelSet;
     this.cpuFeatures = cpuFeatures;
     this.loadMs = loadMs;
@@ -130,9 +142,16 @@ export class Engine implements StepEngine {
     }
   }
 
-  async step(tokens: Int32Array, position: number, logits: Float32Array, all = false): Promise<void> {
+  /** As `StepEngine` has it; `record`, if given, receives which neurons fired and which experts were used. */
+  async step(
+    tokens: Int32Array,
+    position: number,
+    logits: Float32Array,
+    all = false,
+    record?: FiringRecord,
+  ): Promise<void> {
     try {
-      await this.#native.step({ tokens, position, logits, all });
+      await this.#native.step({ tokens, position, logits, all, ...record });
     } catch (error) {
       throw nativeError(error, 'compute');
     }
@@ -284,9 +303,9 @@ function nativeTensors(model: ModelDirectory): NativeTensor[] {
   return tensors;
 }
 
-/** What is loaded and checked: all but the bundle checksums, which are for bundles that are read one by one. */
+/** What is loaded and checked: all but bundle checksums, which are for bundles that are read one by one, and heat orders. */
 function nativeExtents(model: ModelDirectory): NativeExtent[] {
-  return model.manifest.extents.filter((extent) => !extent.name.endsWith('.checksums')).map(nativeExtent);
+  return model.manifest.extents.filter((extent) => !/\.(checksums|heat_order)$/.test(extent.name)).map(nativeExtent);
 }
 
 function nativeExtent({ name, file, offset, bytes, crc32 }: Extent): NativeExtent {

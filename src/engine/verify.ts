@@ -1,8 +1,10 @@
+import { createHash } from 'node:crypto';
 import { type FileHandle, open } from 'node:fs/promises';
 import { fileError, Pi2Error } from '../base/error.js';
+import { readHeatOrder } from '../format/heat-order.js';
 import { expertCount } from '../format/hyperparameters.js';
 import { type BundleLayout, roundUpToPage } from '../format/layout.js';
-import { type Extent, NEURONS_FILE, RESIDENT_FILE, type TensorEntry } from '../format/manifest.js';
+import { type Extent, NEURONS_FILE, PROFILE_FILE, RESIDENT_FILE, type TensorEntry } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import type { NativeAddon } from './contract.js';
 import { nativeLayout } from './engine.js';
@@ -72,7 +74,41 @@ class Verifier {
         if (problems.length > 0) this.#wrong.push({ extent: extent.name, file, problems });
       }
     }
+    await this.#profile();
     return this.#wrong;
+  }
+
+  /** That each heat order names every neuron once, and that the profile they are made of is the one that was. */
+  async #profile(): Promise<void> {
+    const { heat_order, hyperparameters } = this.model.manifest;
+    const { profilePath } = this.model;
+    if (heat_order === 'identity' || profilePath === null) return;
+    for (let layer = 0; layer < hyperparameters.layer_count; layer++) {
+      const extent = `layers.${layer}.heat_order`;
+      // One with a wrong checksum is in the list already.
+      if (this.#wrong.some((wrong) => wrong.extent === extent)) continue;
+      await readHeatOrder(this.model, layer).catch((error: Error) => {
+        this.#wrong.push({ extent, file: RESIDENT_FILE, problems: [error.message] });
+      });
+    }
+    const hash = createHash('sha256');
+    const file = await openFile(profilePath);
+    try {
+      const buffer = Buffer.alloc(Math.min(PIECE_BYTES, heat_order.profile_bytes));
+      for (;;) {
+        const { bytesRead } = await file.read(buffer, 0, buffer.length, null);
+        if (bytesRead === 0) break;
+        hash.update(buffer.subarray(0, bytesRead));
+      }
+    } catch (error) {
+      throw fileError(error, 'read', profilePath);
+    } finally {
+      await file.close();
+    }
+    const found = hash.digest('hex');
+    if (found === heat_order.profile_sha256) return;
+    const problems = [`sha256 is ${found}, the manifest says ${heat_order.profile_sha256}`];
+    this.#wrong.push({ extent: 'profile', file: PROFILE_FILE, problems });
   }
 
   /** A plain extent of `resident.bin`. */

@@ -13,20 +13,24 @@ export interface ExpectedTensor {
 
 /** The extents of a model. Their order in the manifest is that of their offsets. */
 export function expectedExtents(
-  h: Hyperparameters,
+  manifest: Pick<Manifest, 'hyperparameters' | 'heat_order'>,
 ): { name: string; file: typeof RESIDENT_FILE | typeof NEURONS_FILE }[] {
-  const layers = Array.from({ length: h.layer_count }, (_, layer) => `layers.${layer}`);
+  const layers = Array.from({ length: manifest.hyperparameters.layer_count }, (_, layer) => `layers.${layer}`);
+  const ordered = manifest.heat_order === 'identity' ? [] : layers;
   return [
     { name: 'embedding', file: RESIDENT_FILE },
     ...layers.map((layer) => ({ name: `${layer}.attention`, file: RESIDENT_FILE }) as const),
     { name: 'head', file: RESIDENT_FILE },
     ...layers.map((layer) => ({ name: `${layer}.checksums`, file: RESIDENT_FILE }) as const),
+    ...ordered.map((layer) => ({ name: `${layer}.heat_order`, file: RESIDENT_FILE }) as const),
     ...layers.map((layer) => ({ name: `${layer}.neurons`, file: NEURONS_FILE }) as const),
   ];
 }
 
 /** Every tensor that the hyper-parameters demand, with its shape and how it may be stored. */
-export function expectedTensors(manifest: Pick<Manifest, 'hyperparameters' | 'quantization'>): ExpectedTensor[] {
+export function expectedTensors(
+  manifest: Pick<Manifest, 'hyperparameters' | 'quantization' | 'heat_order'>,
+): ExpectedTensor[] {
   const { hyperparameters: h, quantization } = manifest;
   const tensors: ExpectedTensor[] = [];
   const layerNorm = h.norm.kind === 'layer';
@@ -44,6 +48,10 @@ export function expectedTensors(manifest: Pick<Manifest, 'hyperparameters' | 'qu
     const rows = expertCount(h) * h.neuron_count;
     const checksums = `layers.${layer}.checksums`;
     tensors.push({ extent: checksums, name: checksums, rows, columns: 2, encodings: ['u32'] });
+    if (manifest.heat_order !== 'identity') {
+      const name = `layers.${layer}.heat_order`;
+      tensors.push({ extent: name, name, rows: expertCount(h), columns: h.neuron_count, encodings: ['u32'] });
+    }
   }
   vector('head', 'output_norm', h.hidden_size);
   if (layerNorm) vector('head', 'output_norm_bias', h.hidden_size);

@@ -8,6 +8,7 @@ export const FORMAT_VERSION = 1;
 export const MANIFEST_FILE = 'model.json';
 export const RESIDENT_FILE = 'resident.bin';
 export const NEURONS_FILE = 'neurons.bin';
+export const PROFILE_FILE = 'profile.bin';
 
 /** What `convert --quant` takes. Frozen: these names are on disk. */
 export const QUANTIZATIONS = ['q4', 'q8', 'f16'] as const;
@@ -16,6 +17,7 @@ export type QuantizationName = (typeof QUANTIZATIONS)[number];
 const bytes = z.number().int().min(0).max(Number.MAX_SAFE_INTEGER);
 const count = z.number().int().min(1).max(Number.MAX_SAFE_INTEGER);
 const encoding = z.enum(ENCODINGS);
+const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
 
 export const extentSchema = z.strictObject({
   name: z.string().min(1),
@@ -32,7 +34,7 @@ export const tensorSchema = z.strictObject({
   /** From the extent's first byte. */
   offset: bytes,
   bytes: count,
-  /** `u32` is for checksums only. */
+  /** `u32` is for checksums and heat orders only. */
   encoding: z.enum([...ENCODINGS, 'u32']),
   rows: count,
   columns: count,
@@ -60,13 +62,24 @@ export const manifestSchema = z.strictObject({
     part2_offset: count,
     part2_stride: count,
   }),
-  heat_order: z.literal('identity'),
+  /** How the neurons of an expert are sorted: as in the checkpoint, or by the rates of `profile.bin`. */
+  heat_order: z.union([
+    z.literal('identity'),
+    z.strictObject({
+      /** Tokens that the profile counted. */
+      tokens: count,
+      profile_bytes: count,
+      profile_sha256: sha256,
+    }),
+  ]),
   extents: z.array(extentSchema),
   tensors: z.array(tensorSchema),
   provenance: z.strictObject({
     converter: z.string(),
     /** Every file of the checkpoint that was read. */
-    sources: z.array(z.strictObject({ file: z.string(), bytes, sha256: z.string().regex(/^[0-9a-f]{64}$/) })),
+    sources: z.array(z.strictObject({ file: z.string(), bytes, sha256 })),
+    /** Texts that the heat order was profiled on, and how many tokens of each; absent in checkpoint order. */
+    calibration: z.array(z.strictObject({ sha256, tokens: count })).optional(),
   }),
 });
 

@@ -12,6 +12,7 @@ import {
   type Manifest,
   manifestSchema,
   NEURONS_FILE,
+  PROFILE_FILE,
   RESIDENT_FILE,
   type TensorEntry,
 } from './manifest.js';
@@ -56,6 +57,11 @@ export class ModelDirectory {
 
   get neuronsPath(): string {
     return path.join(this.path, NEURONS_FILE);
+  }
+
+  /** The activation profile that the heat order is made of; null when the neurons are in the order of the checkpoint. */
+  get profilePath(): string | null {
+    return this.manifest.heat_order === 'identity' ? null : path.join(this.path, PROFILE_FILE);
   }
 
   /** The extent called `name`. The names of FORMAT.md section 3 are there: anything else is a bug of the caller. */
@@ -192,7 +198,7 @@ function findProblem(manifest: Manifest): string | null {
 }
 
 function checkExtents(manifest: Manifest): string | null {
-  const expected = new Map(expectedExtents(manifest.hyperparameters).map((extent) => [extent.name, extent.file]));
+  const expected = new Map(expectedExtents(manifest).map((extent) => [extent.name, extent.file]));
   const ends = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0 };
   const seen = new Set<string>();
   for (const extent of manifest.extents) {
@@ -209,9 +215,13 @@ function checkExtents(manifest: Manifest): string | null {
   for (const name of expected.keys()) if (!seen.has(name)) return `extent ${name} is missing`;
   const { hyperparameters: h, layout } = manifest;
   const neuronBytes = expertCount(h) * expertBytes(layout, h.neuron_count);
+  const orderBytes = 4 * expertCount(h) * h.neuron_count;
   for (const extent of manifest.extents) {
     if (extent.file === NEURONS_FILE && extent.bytes !== neuronBytes) {
       return `extent ${extent.name} has ${extent.bytes} bytes, its bundles take ${neuronBytes}`;
+    }
+    if (extent.name.endsWith('.heat_order') && extent.bytes !== orderBytes) {
+      return `extent ${extent.name} has ${extent.bytes} bytes, its order takes ${orderBytes}`;
     }
   }
   return null;
@@ -255,10 +265,11 @@ function checkTensors(manifest: Manifest): string | null {
 
 /** A file ends with the page of its last extent: neither cut off nor with something behind. */
 async function checkFileSizes(directory: string, manifest: Manifest): Promise<void> {
-  for (const name of [RESIDENT_FILE, NEURONS_FILE]) {
+  const sizes = new Map<string, number>();
+  for (const { file, offset, bytes } of manifest.extents) sizes.set(file, roundUpToPage(offset + bytes));
+  if (manifest.heat_order !== 'identity') sizes.set(PROFILE_FILE, manifest.heat_order.profile_bytes);
+  for (const [name, expected] of sizes) {
     const file = path.join(directory, name);
-    const last = manifest.extents.filter((extent) => extent.file === name).at(-1) as Extent;
-    const expected = roundUpToPage(last.offset + last.bytes);
     let found: Awaited<ReturnType<typeof lstat>>;
     try {
       found = await lstat(file);

@@ -2,7 +2,16 @@ import { expertCount } from './hyperparameters.js';
 import { type Manifest, NEURONS_FILE } from './manifest.js';
 
 /** The parts that `inspect` tells apart, in the order it shows them. */
-const PARTS = ['embedding', 'attention', 'norms and biases', 'router', 'ffn', 'head', 'checksums'] as const;
+const PARTS = [
+  'embedding',
+  'attention',
+  'norms and biases',
+  'router',
+  'ffn',
+  'head',
+  'checksums',
+  'heat order',
+] as const;
 export type Part = (typeof PARTS)[number];
 
 export interface PartSize {
@@ -23,7 +32,7 @@ export function partSizes(manifest: Manifest): PartSize[] {
   };
   for (const { name, rows, columns, bytes } of manifest.tensors) {
     const part = partOf(name);
-    add(part, part === 'checksums' ? 0 : rows * columns, bytes);
+    add(part, part === 'checksums' || part === 'heat order' ? 0 : rows * columns, bytes);
   }
   const { hyperparameters: h, layout } = manifest;
   const ffnWeights = h.layer_count * expertCount(h) * h.neuron_count * layout.matrices * h.hidden_size;
@@ -40,5 +49,6 @@ function partOf(tensor: string): Part {
   const kind = tensor.split('.').at(-1) as string;
   if (kind === 'embedding' || kind === 'position_embedding') return 'embedding';
   if (kind === 'head' || kind === 'router' || kind === 'checksums') return kind;
+  if (kind === 'heat_order') return 'heat order';
   return ['q', 'k', 'v', 'o'].includes(kind) ? 'attention' : 'norms and biases';
 }

@@ -64,6 +64,8 @@ export interface LayerTrace {
   weights: number[];
   /** For each expert used, how many of its neurons had an activation other than zero. */
   fired: number[];
+  /** For each expert used, which neurons those are. */
+  neurons: number[][];
 }
 
 /** Tokens seen so far: keys and values of every layer, one row a position. */
@@ -149,11 +151,13 @@ export class Sequence {
     const chosen = layer.router
       ? route(multiply(layer.router, x), this.#h.experts?.used_per_token as number)
       : { experts: [0], weights: [1] };
-    const trace: LayerTrace = { ...chosen, fired: [] };
+    const trace: LayerTrace = { ...chosen, fired: [], neurons: [] };
     let sum: Float32Array = new Float32Array(x.length);
     for (const [i, expert] of chosen.experts.entries()) {
       const activations = activate(this.#h, layer.experts[expert], x, layer.up_bias); // [neurons]
-      trace.fired.push(activations.filter((activation) => activation !== 0).length);
+      const neurons = [...activations.keys()].filter((neuron) => activations[neuron] !== 0);
+      trace.neurons.push(neurons);
+      trace.fired.push(neurons.length);
       sum = add(sum, scale(multiply(layer.experts[expert].down, activations, layer.down_bias), chosen.weights[i]));
     }
     this.trace.push(trace);
