@@ -52,7 +52,7 @@ export const LOAD_MODES = ['auto', 'resident', 'direct', 'buffered'] as const;
 export type LoadMode = (typeof LOAD_MODES)[number];
 
 /** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
-const RESERVE_BYTES = 48 * 1024 * 1024;
+const RESERVE_BYTES = 32 * 1024 * 1024;
 /** The least that a message names is this much more: a process is not as large every time. */
 const SLACK_BYTES = 8 * 1024 * 1024;
 /** Reads under way at once, where a pool of threads does them. */
