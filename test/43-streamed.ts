@@ -13,7 +13,13 @@ import { likeliest } from '../src/engine/sampler.js';
 import type { QuantizationName } from '../src/format/manifest.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
 import { budgetBytes, parseMemoryLimit } from '../src/plan/memory-limit.js';
-import { leastMemory, type MemoryQuestion, planMemory, type StreamShape } from '../src/plan/memory-plan.js';
+import {
+  CHUNK_NEURONS,
+  leastMemory,
+  type MemoryQuestion,
+  planMemory,
+  type StreamShape,
+} from '../src/plan/memory-plan.js';
 import { buildProgram, finish, jsonLines, runCli, startCli } from './support/cli.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
@@ -90,7 +96,7 @@ function anyStream(request: EngineRequest, checked: EngineRequest): fc.Arbitrary
   const n = request.neuronCount;
   const gates = fc.oneof(
     fc.constant(n),
-    fc.integer({ min: 0, max: Math.floor(n / 64) }).map((chunks) => chunks * 64),
+    fc.integer({ min: 0, max: Math.floor(n / CHUNK_NEURONS) }).map((chunks) => chunks * CHUNK_NEURONS),
   );
   const share = fc.double({ min: 0, max: 1, noNaN: true });
   const bank = fc.record({ gates, hot: share, cold: fc.oneof(fc.constantFrom(0, 1, n), fc.nat(n)) });
@@ -174,7 +180,7 @@ function roundSizes(question: Pick<MemoryQuestion, 'bankCount' | 'neuronCount'>,
   return (shape?: StreamShape) => {
     if (shape === undefined) return question.bankCount * question.neuronCount * (gateBytes + rowBytes);
     const sum = (counts: number[]) => counts.reduce((total, count) => total + count, 0);
-    const staging = Math.max(shape.stagingBytes, 64 * (gateBytes + rowBytes));
+    const staging = Math.max(shape.stagingBytes, CHUNK_NEURONS * (gateBytes + rowBytes));
     return sum(shape.residentGates) * gateBytes + (sum(shape.hotNeurons) + sum(shape.coldSlots)) * rowBytes + staging;
   };
 }
@@ -224,7 +230,7 @@ t.test('plans: never over budget, never worse with more, whole chunks of gates, 
       t.ok(q.mode === 'stream' || budget < resident, 'resident when it fits');
       const { residentGates, hotNeurons, coldSlots } = plan.shape;
       t.equal(plan.bytes, q.processBytes + q.measure(plan.shape));
-      t.ok(residentGates.every((gates) => gates % 64 === 0 || gates === q.neuronCount));
+      t.ok(residentGates.every((gates) => gates % CHUNK_NEURONS === 0 || gates === q.neuronCount));
       const all = residentGates.every((gates) => gates === q.neuronCount);
       t.ok(all || total(hotNeurons) + total(coldSlots) === 0, 'gates first');
       t.ok(hotNeurons.every((hot, bank) => hot + coldSlots[bank] <= q.neuronCount));
@@ -295,7 +301,7 @@ t.test('a read that fails or ends early: words, a code, and the next step is rig
     const request = await requestOf(await openModelDirectory(join(scratch, name)), {});
     const expected = await traceRequest(request, 12);
     const kinds = fc.constantFrom('failRead' as const, 'shortRead' as const);
-    const gates = fc.constantFrom(0, 64, request.neuronCount);
+    const gates = fc.constantFrom(0, CHUNK_NEURONS, request.neuronCount);
     const backend = fc.constantFrom('threads' as const, 'uring' as const);
     const property = fc.asyncProperty(
       kinds,
