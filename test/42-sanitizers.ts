@@ -41,6 +41,7 @@ const ENGINE = [
     'product',
     'resident_experts',
     'streamed_experts',
+    'streamed_rounds',
     'weights',
   ].map((name) => `engine/${name}`),
   ...readdirSync(join(REPOSITORY, 'native/storage'))

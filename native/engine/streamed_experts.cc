@@ -1,48 +1,13 @@
 #include "native/engine/streamed_experts.h"
 
-#include <chrono>
 #include <cstring>
 #include <utility>
 
 #include "native/base/carver.h"
 #include "native/engine/product.h"
+#include "native/engine/stream_sizes.h"
 
 namespace pi2 {
-namespace {
-
-/** A read no longer gains speed beyond this, and shorter ones start computing sooner. */
-constexpr size_t kMostReadBytes = size_t{256} << 10;
-/** Pages between two wanted ones that are read along: a request costs about as much as this many bytes. */
-constexpr size_t kGapBytes = size_t{16} << 10;
-/** Kernels may load a line past a vector. */
-constexpr size_t kTailBytes = 64;
-constexpr uint32_t kNoRead = 0xffffffffu;
-
-size_t page_down(size_t offset) { return offset / kPageBytes * kPageBytes; }
-size_t page_up(size_t offset) { return (offset + kPageBytes - 1) / kPageBytes * kPageBytes; }
-
-/** Bytes of the rows that a slot keeps: up (if there is a gate) and down. */
-size_t slot_bytes(const EngineConfig& config) {
-  return (config.layout.matrices - 1) * row_bytes(config.ffn_encoding, config.hidden_size);
-}
-
-/** Most bytes of staging that one chunk can need: all units that it touches. */
-size_t chunk_flash_bytes(const EngineConfig& config) {
-  return (kNeuronChunk / config.layout.neurons_per_unit + 2) * page_up(config.layout.unit_bytes);
-}
-
-/** Most reads of one chunk. */
-size_t chunk_reads(const EngineConfig& config) { return kNeuronChunk + chunk_flash_bytes(config) / kMostReadBytes + 1; }
-
-/** Bytes and most reads of one of the two halves of staging memory. */
-size_t half_bytes(const EngineConfig& config) {
-  return page_up(std::max(config.stream.staging_bytes / 2, chunk_flash_bytes(config)));
-}
-size_t half_requests(const EngineConfig& config) { return half_bytes(config) / kPageBytes + chunk_reads(config); }
-
-size_t padded_hidden(const EngineConfig& config) { return group_count(config.hidden_size) * kGroup; }
-
-}  // namespace
 
 StreamedExperts::~StreamedExperts() = default;
 
@@ -222,97 +187,6 @@ void StreamedExperts::open_all(size_t chunk, size_t count) {
   open_count_[chunk] = static_cast<uint32_t>(count);
 }
 
-/** Plans and submits chunks from `first_chunk` on; whether chunks are left after them. */
-bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) {
-  const size_t half = staging_.bytes() / 2;
-  round->first_chunk = first_chunk;
-  round->read_count = 0;
-  round->staged_bytes = 0;
-  size_t chunk = first_chunk;
-  for (; chunk < chunks(); chunk++) {
-    const bool fits = round->staged_bytes + chunk_flash_bytes(*config_) <= half &&
-                      round->read_count + chunk_reads(*config_) <= half_requests_;
-    if (!fits && chunk > first_chunk) break;
-    if (is_whole(bank, chunk)) {
-      plan_whole_chunk(bank, chunk, round);
-    } else {
-      plan_open_chunk(bank, chunk, round);
-    }
-  }
-  round->end_chunk = chunk;
-  if (round->read_count > 0) reader_->submit(round->reads, round->read_count);
-  stream_counters_.reads += round->read_count;
-  stream_counters_.read_bytes += round->staged_bytes;
-  return chunk < chunks();
-}
-
-void StreamedExperts::plan_open_chunk(size_t bank, size_t chunk, Round* round) {
-  const BundleLayout& layout = config_->layout;
-  ReadRequest* read = nullptr;
-  for (size_t entry = chunk * kNeuronChunk; entry < chunk * kNeuronChunk + open_count_[chunk]; entry++) {
-    const size_t neuron = open_[entry];
-    slot_[entry] = NeuronCache::kNoSlot;
-    staged_[entry] = nullptr;
-    read_of_[entry] = kNoRead;
-    rows_[entry] = cache_.rows(bank, neuron);
-    if (rows_[entry] != nullptr) {
-      (neuron < cache_.plan(bank).hot_neurons ? stream_counters_.hot_hits : stream_counters_.cold_hits)++;
-      continue;
-    }
-    stream_counters_.misses++;
-    stream_counters_.asked_bytes += layout.part2_bytes;
-    const size_t offset = config_->expert_offsets[bank] + layout.part2_at(neuron);
-    const size_t begin = page_down(offset);
-    const size_t end = page_up(offset + layout.part2_bytes);
-    if (read != nullptr && begin <= read->offset + read->bytes + kGapBytes && end - read->offset <= kMostReadBytes) {
-      const size_t longer = std::max(end, read->offset + read->bytes) - read->offset;
-      round->staged_bytes += longer - read->bytes;
-      read->bytes = longer;
-    } else {
-      add_read(begin, end, round);
-      read = &round->reads[round->read_count - 1];
-    }
-    staged_[entry] = read->buffer + (offset - read->offset);
-    read_of_[entry] = static_cast<uint32_t>(round->read_count - 1);
-    slot_[entry] = cache_.admit(bank, neuron);
-  }
-}
-
-void StreamedExperts::plan_whole_chunk(size_t bank, size_t chunk, Round* round) {
-  const BundleLayout& layout = config_->layout;
-  const size_t first = chunk * kNeuronChunk;
-  const size_t last = std::min(first + kNeuronChunk, config_->neuron_count) - 1;
-  const size_t base = config_->expert_offsets[bank];
-  const size_t begin = base + first / layout.neurons_per_unit * layout.unit_bytes;
-  const size_t end = base + (last / layout.neurons_per_unit + 1) * layout.unit_bytes;
-  const uint8_t* staging = nullptr;
-  const auto first_read = static_cast<uint32_t>(round->read_count);
-  for (size_t at = begin; at < end; at += kMostReadBytes) {
-    const uint8_t* buffer = add_read(at, std::min(at + kMostReadBytes, end), round);
-    if (staging == nullptr) staging = buffer;
-  }
-  stream_counters_.misses += last - first + 1;
-  stream_counters_.asked_bytes += (last - first + 1) * (layout.part1_bytes + layout.part2_bytes);
-  for (size_t neuron = first; neuron <= last; neuron++) {
-    const size_t entry = neuron;
-    part1_[entry] = staging + (base + layout.part1_at(neuron) - begin);
-    staged_[entry] = staging + (base + layout.part2_at(neuron) - begin);
-    rows_[entry] = nullptr;
-    slot_[entry] = NeuronCache::kNoSlot;
-    read_of_[entry] = first_read;  // and those after it: see land_chunk
-  }
-}
-
-/** Appends a read of whole pages to a round; where its bytes will be. */
-const uint8_t* StreamedExperts::add_read(size_t begin, size_t end, Round* round) {
-  ReadRequest& read = round->reads[round->read_count++];
-  read.offset = begin;
-  read.bytes = end - begin;
-  read.buffer = round->staging + round->staged_bytes;
-  round->staged_bytes += end - begin;
-  return read.buffer;
-}
-
 void StreamedExperts::compute_round(const ExpertJob& job, size_t bank, const Round& round) {
   pool_->run(kParts, [&](size_t part, size_t thread) { compute_part(job, bank, round, part, thread); });
   // Whatever happened, no read may arrive in memory that is used again.
@@ -343,20 +217,6 @@ void StreamedExperts::compute_part(const ExpertJob& job, size_t bank, const Roun
   }
 }
 
-/** Waits for one read of the round; counts the time that it was not there yet. */
-bool StreamedExperts::wait_for(const Round& round, size_t read, size_t thread) {
-  ReadRequest& request = round.reads[read];
-  if (request.state.load(std::memory_order_acquire) == ReadRequest::kDone) return true;
-  const auto start = std::chrono::steady_clock::now();
-  Status status = reader_->wait(request);
-  const auto waited = std::chrono::steady_clock::now() - start;
-  thread_counters_[thread].stall_ns +=
-      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
-  const bool landed = status.is_ok();
-  failure_->meet(std::move(status));
-  return landed;
-}
-
 /** Whether bytes from flash are those that the converter wrote, as far as that is looked at. */
 bool StreamedExperts::is_sound(size_t bank, size_t neuron, size_t part, const uint8_t* bytes) {
   if (checksums_.empty()) return true;
@@ -369,40 +229,6 @@ bool StreamedExperts::is_sound(size_t bank, size_t neuron, size_t part, const ui
                                   std::to_string(neuron) + " of " + config_->neurons_path +
                                   ": the bytes read from flash do not match their checksum"));
   return false;
-}
-
-/**
- * Waits for what the chunk reads, neuron by neuron, and makes rows of it: in the slots of neurons that will be kept, else in
- * the thread's landing memory, which the next chunk overwrites. A chunk without resident gates gets them here, and loses the
- * entries that do not fire.
- */
-bool StreamedExperts::land_chunk(const ExpertJob& job, size_t bank, const Round& round, size_t chunk, size_t thread) {
-  const size_t first = chunk * kNeuronChunk;
-  if (is_whole(bank, chunk)) {
-    const size_t count = open_count_[chunk];
-    const size_t units = (open_[first + count - 1] / config_->layout.neurons_per_unit) -
-                         (open_[first] / config_->layout.neurons_per_unit) + 1;
-    const size_t reads = (units * config_->layout.unit_bytes + kMostReadBytes - 1) / kMostReadBytes;
-    for (size_t i = 0; i < reads; i++) {
-      if (!wait_for(round, read_of_[first] + i, thread)) return false;
-    }
-    for (size_t entry = first; entry < first + count; entry++) {
-      if (!is_sound(bank, open_[entry], 0, part1_[entry])) return false;
-    }
-    keep_firing(job, chunk, thread);
-  }
-  uint8_t* landing = landing_ + thread * kNeuronChunk * slot_bytes(*config_);
-  for (size_t entry = first; entry < first + open_count_[chunk]; entry++) {
-    if (staged_[entry] == nullptr) continue;
-    if (!is_whole(bank, chunk) && !wait_for(round, read_of_[entry], thread)) return false;
-    if (!is_sound(bank, open_[entry], 1, staged_[entry])) return false;
-    uint8_t* rows = slot_[entry] != NeuronCache::kNoSlot ? cache_.slot(bank, slot_[entry])
-                                                         : landing + (entry - first) * slot_bytes(*config_);
-    uint8_t* const places[3] = {nullptr, rows, rows + row_bytes_};
-    unpack_bundle(*config_, part1_[entry], staged_[entry], places);
-    rows_[entry] = rows;
-  }
-  return true;
 }
 
 /** Gates of a chunk that was read whole; entries that fire for no token are dropped. */
@@ -524,23 +350,6 @@ void StreamedExperts::add_tokens(const ExpertJob& job, size_t bank, const Round&
   for (size_t group = 0; group < group_count(config_->hidden_size); group++) {
     add_columns(*kernels_, config_->ffn_encoding, list, group, job.tokens,
                 part_sums_ + part * batch * hidden + group * kGroup, hidden);
-  }
-}
-
-/** Neurons whose rows have arrived in their slots are found from now on. */
-void StreamedExperts::settle_round(size_t bank, const Round& round, bool failed) {
-  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) {
-    if (is_whole(bank, chunk)) continue;
-    for (size_t entry = chunk * kNeuronChunk; entry < chunk * kNeuronChunk + open_count_[chunk]; entry++) {
-      const bool read = staged_[entry] != nullptr;
-      counters_.weight_bytes_read += slot_bytes(*config_);
-      if (!read || slot_[entry] == NeuronCache::kNoSlot) continue;
-      if (failed) {
-        cache_.abandon(bank, slot_[entry]);
-      } else {
-        cache_.commit(bank, open_[entry], slot_[entry]);
-      }
-    }
   }
 }
 
