@@ -31,6 +31,7 @@ export interface ProfileStatistics {
   covering_80_whole_model: number | null;
 }
 
+/** What a profile says of each layer and of the model as a whole; shares are of neurons, rates of tokens. */
 export function profileStatistics(profile: ActivationProfile): ProfileStatistics {
   const { shape, batches } = profile;
   const layers = Array.from({ length: shape.layers }, (_, layer) => {

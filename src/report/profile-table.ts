@@ -28,11 +28,13 @@ export interface ProfileSummary {
   covering_80: number | null;
 }
 
+/** The three numbers of a profile. */
 export function profileSummary(statistics: ProfileStatistics): ProfileSummary {
   const { tokens, mean, covering_80_whole_model } = statistics;
   return { tokens, rate: mean.rate, covering_80: covering_80_whole_model };
 }
 
+/** A summary as one line for a person. */
 export function describeSummary({ tokens, rate, covering_80 }: ProfileSummary): string {
   return `${tokens} tokens, ${percent(rate)} % fire for a token, ${percent(covering_80)} % do 80 % of all firing`;
 }
