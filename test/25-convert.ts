@@ -419,6 +419,7 @@ t.test('one converter at a time on one output', async (t) => {
   await t.rejects(convertHere(checkpoint, { output }), { code: 'E_EXISTS', message: new RegExp(String(process.pid)) });
   for (const stale of [`${process.pid} 1\n`, '99999999 5\n', 'nonsense', '']) {
     writeFileSync(`${output}.lock`, stale);
+    writeFileSync(`${output}.lock.99999999-killed-while-it-took-the-lock`, stale);
     await convertHere(checkpoint, { output, force: true });
     t.strictSame(
       readdirSync(join(output, '..')),

@@ -16,7 +16,7 @@ import { Checkpoint } from '../converter/checkpoint/checkpoint.js';
 import { convert } from '../converter/convert.js';
 import { Pi2Error } from '../src/base/error.js';
 import { loadAddon } from '../src/engine/addon.js';
-import type { EngineRequest } from '../src/engine/contract.js';
+import type { EngineCounters, EngineRequest, NativeEngine } from '../src/engine/contract.js';
 import { BATCH_SIZE, Engine, type EngineOptions } from '../src/engine/engine.js';
 import { cutWindows, measurePerplexity } from '../src/engine/evaluate.js';
 import { QUANTIZATIONS, type QuantizationName } from '../src/format/manifest.js';
@@ -339,15 +339,85 @@ t.test('one step at a time; a closed engine is closed', async (t) => {
 t.test('counters', async (t) => {
   const dense = await open(t, await modelOf('llama silu', 'q4'));
   await logitsOf(dense, randomTokens(10), 4, 1);
-  const { tokens, neuronsSeen, neuronsFired, weightBytesRead, kvBytesRead, ...held } = dense.counters();
+  const { tokens, neuronsSeen, neuronsFired, weightBytesRead, kvBytesRead, weightBytes } = dense.counters();
   t.same([tokens, neuronsSeen], [10, 10 * 2 * 704]);
   t.ok(neuronsFired > 0.99 * neuronsSeen, 'all neurons of a SiLU fire');
-  t.ok(weightBytesRead > held.weightBytes && kvBytesRead > 0);
+  t.ok(weightBytesRead > weightBytes && kvBytesRead > 0);
   const sparse = await open(t, await modelOf('bamboo', 'q4'));
   await logitsOf(sparse, randomTokens(10), 4, 1);
   const fired = sparse.counters().neuronsFired / sparse.counters().neuronsSeen;
   t.ok(fired > 0.2 && fired < 0.3, `a quarter of random dReLU neurons fires: ${fired}`);
-  t.same({ ...sparse.counters(), ...held }, { ...sparse.counters(), ...held });
+  const memory = ({ weightBytes, kvBytes, scratchBytes }: EngineCounters) => ({ weightBytes, kvBytes, scratchBytes });
+  const before = memory(sparse.counters());
+  await logitsOf(sparse, randomTokens(30), 30, 1);
+  t.same(memory(sparse.counters()), before, 'memory is decided at open');
+});
+
+/** How many neurons fired: [token][layer][expert]. */
+function countFired(bits: Uint8Array, shape: [tokens: number, layers: number, experts: number]): number[][][] {
+  const [tokens, layers, experts] = shape;
+  const bytes = bits.length / (tokens * layers * experts);
+  const count = (at: number) =>
+    bits
+      .subarray(at * bytes, (at + 1) * bytes)
+      .reduce((sum, byte) => sum + byte.toString(2).replaceAll('0', '').length, 0);
+  return Array.from({ length: tokens }, (_, t) =>
+    Array.from({ length: layers }, (_, l) =>
+      Array.from({ length: experts }, (_, e) => count((t * layers + l) * experts + e)),
+    ),
+  );
+}
+
+t.test('which neurons fired', async (t) => {
+  for (const [name, experts] of [
+    ['turbosparse', 6],
+    ['bamboo', 1],
+    ['opt', 1],
+    ['llama fatrelu', 1],
+  ] as const) {
+    const tokens = randomTokens(30);
+    const sequence = (await oracleOf(checkpointOf(name))).sequence();
+    const expected = tokens.map((token) => {
+      sequence.step(token);
+      return sequence.trace.map(({ experts: chosen, fired }) => {
+        return Array.from({ length: experts }, (_, e) => (chosen.includes(e) ? fired[chosen.indexOf(e)] : 0));
+      });
+    });
+    let native: NativeEngine | undefined;
+    const openEngine = async (request: EngineRequest) => {
+      native = await addon.openEngine(request);
+      return native;
+    };
+    const model = await openModelDirectory(await modelOf(name, 'f16'));
+    const engine = await Engine.open(model, { context: 0, threads: 3 }, { ...addon, openEngine });
+    t.teardown(() => engine.close());
+    const logits = new Float32Array(engine.vocabSize);
+    const bytes = 2 * experts * Math.ceil(MODELS[name].neurons / 8);
+    const whole = new Uint8Array(30 * bytes).fill(255);
+    await native?.step({ tokens: Int32Array.from(tokens), position: 0, logits, all: false, fired: whole });
+    const found = countFired(whole, [30, 2, experts]);
+    const total = found.flat(2).reduce((a, b) => a + b, 0);
+    t.equal(total, engine.counters().neuronsFired, `${name}: as many as were counted`);
+    // A neuron on the brink may fall to either side.
+    const differences = found.flat(2).map((count, i) => Math.abs(count - expected.flat(2)[i]));
+    t.ok(differences.reduce((a, b) => a + b, 0) < total / 500, `${name}: those of the oracle, of ${total}`);
+
+    const single = new Uint8Array(bytes).fill(255);
+    const pieces: Uint8Array[] = [];
+    for (const [position, token] of tokens.entries()) {
+      await native?.step({ tokens: Int32Array.of(token), position, logits, all: false, fired: single });
+      pieces.push(single.slice());
+    }
+    t.ok(Buffer.concat(pieces).equals(whole), `${name}: the same one by one`);
+    const small = native?.step({
+      tokens: Int32Array.of(1),
+      position: 0,
+      logits,
+      all: false,
+      fired: single.subarray(1),
+    });
+    await refused(t, small as Promise<void>, 'NATIVE_ARGUMENT', /fired is too small/);
+  }
 });
 
 t.test('a flipped byte in any extent is found and named', async (t) => {

@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import { link, readFile, rename, rm, unlink, writeFile } from 'node:fs/promises';
+import { link, readdir, readFile, rename, rm, unlink, writeFile } from 'node:fs/promises';
+import { basename, dirname, join } from 'node:path';
 import { fileError, Pi2Error } from '../../src/base/error.js';
 
 /**
@@ -17,13 +18,14 @@ export class Lock {
   /** Throws `E_EXISTS` when a living process holds the lock. */
   static async take(path: string): Promise<Lock> {
     const owner = `${process.pid} ${startTime(process.pid)}\n`;
-    const own = `${path}.${randomUUID()}`;
+    const own = `${path}.${process.pid}-${randomUUID()}`;
     try {
       await writeFile(own, owner);
       for (;;) {
         try {
           // A link appears with its content or not at all: nobody reads a lock that is still empty.
           await link(own, path);
+          await removeAbandoned(path);
           return new Lock(path);
         } catch (error) {
           if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
@@ -39,6 +41,15 @@ export class Lock {
 
   async release(): Promise<void> {
     await unlink(this.#path).catch(() => undefined);
+  }
+}
+
+/** Removes what processes that were killed while they took this lock have left beside it: `LOCK.PID-…`. */
+async function removeAbandoned(path: string): Promise<void> {
+  const prefix = `${basename(path)}.`;
+  for (const name of await readdir(dirname(path)).catch(() => [])) {
+    const pid = name.startsWith(prefix) ? /^(\d+)-/.exec(name.slice(prefix.length))?.[1] : undefined;
+    if (pid !== undefined && !isAlive(Number(pid), '')) await rm(join(dirname(path), name), { force: true });
   }
 }
 

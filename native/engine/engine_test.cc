@@ -5,6 +5,7 @@
  */
 #include "native/engine/engine.h"
 
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -131,8 +132,18 @@ EngineConfig read_config(const char* path) {
   return config;
 }
 
-/** Logits of all tokens, computed in steps of `piece`. */
-std::vector<float> compute(EngineConfig config, const std::string& kernel_set, size_t threads, size_t piece, size_t* steps) {
+/** What a sequence gave: the logits of all tokens and which neurons fired. */
+struct Result {
+  std::vector<float> logits;
+  std::vector<uint8_t> fired_bits;
+
+  bool operator==(const Result& other) const {
+    return std::memcmp(logits.data(), other.logits.data(), 4 * logits.size()) == 0 && fired_bits == other.fired_bits;
+  }
+};
+
+/** Computes a sequence in steps of `piece`. */
+Result compute(EngineConfig config, const std::string& kernel_set, size_t threads, size_t piece, size_t* steps) {
   config.kernel_set = kernel_set;
   config.threads = threads;
   std::unique_ptr<Engine> engine;
@@ -140,28 +151,32 @@ std::vector<float> compute(EngineConfig config, const std::string& kernel_set, s
   require(opened.is_ok(), opened.message());
   std::vector<int32_t> tokens(config.context_length);
   for (size_t i = 0; i < tokens.size(); i++) tokens[i] = static_cast<int32_t>(i * i % config.vocab_size);
-  std::vector<float> logits(tokens.size() * config.vocab_size);
+  const size_t fired_bytes = engine->fired_bytes_per_token();
+  Result result{std::vector<float>(tokens.size() * config.vocab_size), std::vector<uint8_t>(tokens.size() * fired_bytes)};
   for (size_t at = 0; at < tokens.size(); at += piece) {
     const size_t count = std::min(piece, tokens.size() - at);
-    const Status status = engine->step(tokens.data() + at, count, at, logits.data() + at * config.vocab_size, true);
+    const Status status = engine->step(tokens.data() + at, count, at, result.logits.data() + at * config.vocab_size, true,
+                                       result.fired_bits.data() + at * fired_bytes);
     require(status.is_ok(), status.message());
     ++*steps;
   }
-  return logits;
+  size_t fired = 0;
+  for (const uint8_t bits : result.fired_bits) fired += static_cast<size_t>(std::popcount(bits));
+  require(fired == engine->counters().neurons_fired, "another number of neurons fired than was counted");
+  return result;
 }
 
 int run(const char* path) {
   const EngineConfig config = read_config(path);
   for (const Kernels* kernels : available_kernels()) {
     size_t steps = 0;
-    const std::vector<float> expected = compute(config, kernels->name, 1, config.context_length, &steps);
+    const Result expected = compute(config, kernels->name, 1, config.context_length, &steps);
     const struct {
       size_t threads;
       size_t piece;
     } ways[] = {{2, config.context_length}, {4, 1}, {3, 7}};
     for (const auto& way : ways) {
-      const std::vector<float> logits = compute(config, kernels->name, way.threads, way.piece, &steps);
-      require(std::memcmp(logits.data(), expected.data(), 4 * expected.size()) == 0,
+      require(compute(config, kernels->name, way.threads, way.piece, &steps) == expected,
               std::string(kernels->name) + ": other bits with " + std::to_string(way.threads) + " threads");
     }
     std::printf("%s: %zu steps\n", kernels->name, steps);

@@ -56,19 +56,18 @@ function tell(tree: Tree, { turns, change }: Lie): void {
   else if (Array.isArray(value)) set(Array.from({ length: change.repeat }, () => value).flat());
 }
 
-/** Requests that overflow a product of sizes, so that something too small would be allocated. */
+const { extents, layout }: EngineRequest = valid;
+const vast = extents.map((extent) => (extent.file === 'neurons' ? { ...extent, bytes: 2 ** 50 } : extent));
+/** Requests that overflow a product of sizes, or ask for more memory than any machine has. */
 const worst: Partial<EngineRequest>[] = [
-  { extents: Array(2049).fill({ name: 'head', file: 'resident', offset: 0, bytes: 2 ** 53 - 1, crc32: 0 }) },
-  { extents: [{ name: 'layers.0.neurons', file: 'neurons', offset: 0, bytes: 2 ** 50, crc32: 0 }] },
-  { layout: { ...valid.layout, neuronsPerUnit: 2 ** 31, unitBytes: 2 ** 31, part1Stride: 2 ** 31 } },
-  { layout: { ...valid.layout, neuronsPerUnit: 2 ** 32, unitBytes: 2 ** 32, part1Stride: 2 ** 32 } },
-  { neuronCount: 2 ** 24, hiddenSize: 2 ** 20, expertCount: 2 ** 14, layerCount: 2 ** 12 },
+  { extents: Array.from({ length: 2048 }, () => ({ ...extents[0], bytes: 2 ** 53 - 1 })) },
+  { extents: vast },
+  { extents: vast, layout: { ...layout, unitBytes: 2 ** 40 } },
+  { extents: vast, layout: { ...layout, unitBytes: 2 ** 31 } },
+  { layout: { ...layout, neuronsPerUnit: 2 ** 40, unitBytes: 2 ** 40, part1Stride: 2 ** 24 } },
+  { layout: { ...layout, neuronsPerUnit: 2 ** 31, unitBytes: 2 ** 31, part1Stride: 2 ** 31 } },
+  { neuronCount: 2 ** 24, expertCount: 2 ** 14, layerCount: 2 ** 12 },
   { contextLength: 2 ** 26, headCount: 2 ** 11, kvHeadCount: 2 ** 11, headDim: 2 ** 11 },
-  {
-    tensors: valid.tensors.map((tensor: EngineRequest['tensors'][0]) =>
-      tensor.name.endsWith('embedding') ? { ...tensor, rows: 2 ** 52, bytes: 0 } : tensor,
-    ),
-  },
 ];
 
 /** Opens, computes and closes; returns the code it was refused with, or `opened`. Anything else is thrown. */
