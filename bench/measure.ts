@@ -5,6 +5,7 @@ import { Generation } from '../src/engine/generate.js';
 import { type Random, seededRandom } from '../src/engine/random.js';
 import { SAMPLING_DEFAULTS } from '../src/engine/sampler.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
+import { OthersMeter } from './others.js';
 
 /** Far beyond any cache: the probe must read memory. */
 const PROBE_BYTES = 1024 ** 3;
@@ -42,6 +43,8 @@ export interface ModelResult {
   engineBytes: number;
   /** Bytes a second that the same threads read from memory: before, between and after the repetitions. */
   bandwidths: number[];
+  /** Share of the cores that other processes took meanwhile; null where unknown. */
+  othersShare: number | null;
   tests: TestResult[];
 }
 
@@ -59,6 +62,7 @@ export async function measureModel(directory: string, options: MeasureOptions): 
     ].filter(({ tokens }) => tokens > 0);
     const samples = new Map<string, Sample[]>(tests.map(({ name }) => [name, []]));
     await bench.decode(WARM_UP_TOKENS);
+    const others = new OthersMeter();
     const bandwidths = [await bench.bandwidth()];
     for (let i = 0; i < repetitions; i++) {
       for (const { name, run } of tests) samples.get(name)?.push(await run());
@@ -73,6 +77,7 @@ export async function measureModel(directory: string, options: MeasureOptions): 
       loadMs: engine.loadMs,
       engineBytes: weightBytes + kvBytes + scratchBytes,
       bandwidths,
+      othersShare: others.share(),
       tests: [...samples].map(([test, runs]) => summarizeTest(test, runs)),
     };
   } finally {

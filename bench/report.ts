@@ -46,6 +46,8 @@ export interface TestRow {
   bandwidths_bytes_per_second: number[];
   bandwidth_bytes_per_second_median: number;
   bandwidth_share: number;
+  /** Share of the cores that other processes took during the tests of this model: near 0, or the speeds are too low. */
+  others_share: number | null;
   engine_bytes: number;
   load_ms: number;
 }
@@ -130,6 +132,7 @@ function testRow(result: ModelResult, test: TestResult, synthetic: boolean): Tes
     bandwidths_bytes_per_second: result.bandwidths,
     bandwidth_bytes_per_second_median: bandwidth,
     bandwidth_share: bytesPerSecond / bandwidth,
+    others_share: result.othersShare,
     engine_bytes: result.engineBytes,
     load_ms: result.loadMs,
   };
@@ -187,7 +190,8 @@ function describeBandwidths(rows: readonly TestRow[]): string {
   const byModel = new Map(rows.map((row) => [row.model, row]));
   const lines = [...byModel.values()].map((row) => {
     const probes = row.bandwidths_bytes_per_second.map(gigabytes).join(', ');
-    return `${row.model}: ${row.threads} threads read ${probes} GB/s, median ${gigabytes(row.bandwidth_bytes_per_second_median)}; the engine holds ${formatBytes(row.engine_bytes)}, loaded in ${formatDuration(row.load_ms / 1000)}`;
+    const others = row.others_share === null ? 'an unknown share' : formatShare(row.others_share);
+    return `${row.model}: ${row.threads} threads read ${probes} GB/s, median ${gigabytes(row.bandwidth_bytes_per_second_median)}; the engine holds ${formatBytes(row.engine_bytes)}, loaded in ${formatDuration(row.load_ms / 1000)}; others took ${others} of the cores`;
   });
   return `RAM: median tokens/s times weights a token, as a share of what the same threads read from memory in turn with the tests:\n${lines.join('\n')}\n`;
 }

@@ -65,6 +65,7 @@ t.test('measures what was asked for', async (t) => {
   );
   t.equal(result.tests[0].tokensPerSecond.length, 2);
   t.equal(result.bandwidths.length, 3, 'before, between and after');
+  t.ok(result.othersShare !== null && result.othersShare >= 0 && result.othersShare <= 1);
   t.ok(result.tests[0].firedShare > 0 && result.tests[0].firedShare < 1);
   t.equal(result.quantization, 'q8');
 });
