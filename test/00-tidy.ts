@@ -9,6 +9,7 @@ import { convertCommand } from '../src/cli/convert.js';
 import { evalCommand } from '../src/cli/eval.js';
 import { inspectCommand } from '../src/cli/inspect.js';
 import { perplexityCommand } from '../src/cli/perplexity.js';
+import { profileCommand } from '../src/cli/profile.js';
 import { runCommand } from '../src/cli/run.js';
 import { verifyCommand } from '../src/cli/verify.js';
 import { REPOSITORY } from './support/shared.js';
@@ -40,6 +41,7 @@ const commands = [
   runCommand(),
   evalCommand(),
   perplexityCommand(),
+  profileCommand(),
   inspectCommand(),
   verifyCommand(),
 ];
