@@ -1,5 +1,6 @@
 import { Pi2Error } from '../../src/base/error.js';
 import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine/contract.js';
+import { nativeLayout } from '../../src/engine/engine.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
 import type { Checkpoint } from '../checkpoint/checkpoint.js';
@@ -113,16 +114,7 @@ async function fillChecksums(
     const sums = await shop.addon.bundleChecksums({
       units: target.subarray(range.begin, range.end),
       neurons: range.neurons,
-      layout: {
-        matrices: layout.matrices,
-        part1Bytes: layout.part1_bytes,
-        part2Bytes: layout.part2_bytes,
-        neuronsPerUnit: layout.neurons_per_unit,
-        unitBytes: layout.unit_bytes,
-        part1Stride: layout.part1_stride,
-        part2Offset: layout.part2_offset,
-        part2Stride: layout.part2_stride,
-      },
+      layout: nativeLayout(layout),
       threads: shop.threads,
     });
     for (const sum of sums) offset = bytes.writeUInt32LE(sum, offset);
