@@ -19,7 +19,6 @@ inline constexpr size_t kMostReadBytes = size_t{256} << 10;
 inline constexpr size_t kGapBytes = size_t{8} << 10;
 /** Kernels may load a line past a vector. */
 inline constexpr size_t kTailBytes = 64;
-inline constexpr uint32_t kNoRead = 0xffffffffu;
 
 inline size_t page_down(size_t offset) { return offset / kPageBytes * kPageBytes; }
 inline size_t page_up(size_t offset) { return (offset + kPageBytes - 1) / kPageBytes * kPageBytes; }

@@ -38,7 +38,6 @@ void StreamedExperts::plan_open_chunk(size_t bank, size_t chunk, Round* round) {
     const size_t neuron = open_[entry];
     slot_[entry] = NeuronCache::kNoSlot;
     staged_[entry] = nullptr;
-    read_of_[entry] = kNoRead;
     rows_[entry] = cache_.rows(bank, neuron);
     if (rows_[entry] != nullptr) {
       (neuron < cache_.plan(bank).hot_neurons ? stream_counters_.hot_hits : stream_counters_.cold_hits)++;

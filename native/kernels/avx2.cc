@@ -653,12 +653,6 @@ void float_to_half(const float* in, size_t n, uint16_t* out) {
   for (; i < n; i++) out[i] = float_to_half_scalar(in[i]);
 }
 
-void half_to_float(const uint16_t* in, size_t n, float* out) {
-  size_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_halves(in + i));
-  for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
-}
-
 constexpr Kernels kTable{
     .name = "avx2",
     .quantize = quantize,
@@ -682,7 +676,6 @@ constexpr Kernels kTable{
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,
-    .half_to_float = half_to_float,
 };
 
 }  // namespace

@@ -123,9 +123,8 @@ struct Kernels {
   /** out[0 .. n) += sum over p of weights[p] * v_p, half-float values `stride` halves apart; n is a multiple of 16. */
   void (*attention_mix)(const float* weights, const uint16_t* values, size_t stride, size_t n, size_t count, float* out);
 
-  /** Conversions. Round to nearest even; n is any number. */
+  /** Rounds to nearest even; n is any number. */
   void (*float_to_half)(const float* in, size_t n, uint16_t* out);
-  void (*half_to_float)(const uint16_t* in, size_t n, float* out);
 };
 
 const Kernels& scalar_kernels();

@@ -281,15 +281,10 @@ uint16_t nearest_half(float f) {
 }
 
 void test_conversions(const Kernels& kernels) {
-  current_test = "half_to_float";
-  Guarded<uint16_t> halves(65536);
-  Guarded<float> floats(65536);
-  for (size_t h = 0; h < 65536; h++) halves[h] = static_cast<uint16_t>(h);
-  kernels.half_to_float(halves.data(), 65536, floats.data());
+  current_test = "half_to_float_scalar";
   for (size_t h = 0; h < 65536; h++) {
     const double expected = half_value(static_cast<uint16_t>(h));
     const float scalar = half_to_float_scalar(static_cast<uint16_t>(h));
-    check_same(&floats[h], &scalar, sizeof scalar, "half", h);
     check(std::isnan(expected) ? std::isnan(scalar) : static_cast<double>(scalar) == expected, "half %zu is %g", h,
           static_cast<double>(scalar));
   }
@@ -322,15 +317,12 @@ void test_conversions(const Kernels& kernels) {
   }
 
   for (size_t n = 0; n < 40; n++) {
-    Guarded<float> from(n), back(n);
+    Guarded<float> from(n);
     Guarded<uint16_t> to(n);
     for (size_t i = 0; i < n; i++) from[i] = random_float();
     current_test = "float_to_half";
     kernels.float_to_half(from.data(), n, to.data());
     for (size_t i = 0; i < n; i++) check(to[i] == float_to_half_scalar(from[i]), "element %zu of %zu", i, n);
-    current_test = "half_to_float";
-    kernels.half_to_float(to.data(), n, back.data());
-    for (size_t i = 0; i < n; i++) check(back[i] == half_to_float_scalar(to[i]), "element %zu of %zu", i, n);
   }
 }
 

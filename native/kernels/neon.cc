@@ -620,16 +620,6 @@ void float_to_half(const float* in, size_t n, uint16_t* out) {
   for (; i < n; i++) out[i] = float_to_half_scalar(in[i]);
 }
 
-void half_to_float(const uint16_t* in, size_t n, float* out) {
-  size_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const float16x8_t halves = load_halves(in + i);
-    vst1q_f32(out + i, vcvt_f32_f16(vget_low_f16(halves)));
-    vst1q_f32(out + i + 4, vcvt_high_f32_f16(halves));
-  }
-  for (; i < n; i++) out[i] = half_to_float_scalar(in[i]);
-}
-
 constexpr Kernels kTable{
     .name = "neon",
     .quantize = quantize,
@@ -653,7 +643,6 @@ constexpr Kernels kTable{
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,
-    .half_to_float = half_to_float,
 };
 
 }  // namespace

@@ -247,10 +247,6 @@ void float_to_half(const float* in, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; i++) out[i] = float_to_half_scalar(in[i]);
 }
 
-void half_to_float(const uint16_t* in, size_t n, float* out) {
-  for (size_t i = 0; i < n; i++) out[i] = half_to_float_scalar(in[i]);
-}
-
 void dot_list_q4(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
                  float* y) {
   for (size_t r = 0; r < row_count; r++) dot_q4({rows[r], rows[r] + scales_offset, 0}, 1, groups, x, y + r);
@@ -288,7 +284,6 @@ constexpr Kernels kTable{
     .attention_scores = attention_scores,
     .attention_mix = attention_mix,
     .float_to_half = float_to_half,
-    .half_to_float = half_to_float,
 };
 
 }  // namespace
