@@ -236,8 +236,9 @@ async function checkModel(t: Test, checkpointDirectory: string, directory: strin
   const files = {
     'resident.bin': readFileSync(join(directory, 'resident.bin')),
     'neurons.bin': readFileSync(join(directory, 'neurons.bin')),
+    'predictor.bin': manifest.predictor ? readFileSync(join(directory, 'predictor.bin')) : Buffer.alloc(0),
   };
-  const ends = { 'resident.bin': 0, 'neurons.bin': 0 };
+  const ends = { 'resident.bin': 0, 'neurons.bin': 0, 'predictor.bin': 0 };
   const extents = new Map(manifest.extents.map((extent) => [extent.name, extent]));
   const bytesOf = (name: string) => {
     const { file, offset, bytes } = extents.get(name)!;
@@ -249,7 +250,11 @@ async function checkModel(t: Test, checkpointDirectory: string, directory: strin
     t.equal(crc32(bytesOf(name)).toString(16).padStart(8, '0'), sum, `${name}: crc32`);
     if (files[file].subarray(offset + bytes, ends[file]).some((byte) => byte !== 0)) t.fail(`${name}: padding`);
   }
-  t.same([files['resident.bin'].length, files['neurons.bin'].length], Object.values(ends), 'files end after extents');
+  t.same(
+    Object.values(files).map((bytes) => bytes.length),
+    Object.values(ends),
+    'files end after extents',
+  );
 
   const addon = loadAddon();
   const { model } = checkpoint;

@@ -12,7 +12,8 @@ export const TENSOR_ALIGNMENT = 64;
 /** A neuron's checksums: CRC-32 of part 1 and of part 2. */
 export const CHECKSUM_BYTES = 8;
 
-type Place = Omit<Extent, 'crc32'>;
+/** What conversion step by step fills; a predictor's file is written whole, later. */
+type Place = Omit<Extent, 'crc32' | 'file'> & { file: typeof RESIDENT_FILE | typeof NEURONS_FILE };
 
 /** A tensor to be, and the rows of the checkpoint it is made of. */
 export interface PlannedTensor extends Omit<TensorEntry, 'encoding'> {
@@ -186,7 +187,7 @@ class FilePlanner {
   /** Size of the file. */
   end = 0;
 
-  constructor(readonly file: Extent['file']) {}
+  constructor(readonly file: Place['file']) {}
 
   extent(name: string, bytes: number): Place {
     const offset = this.end;

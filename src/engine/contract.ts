@@ -78,7 +78,7 @@ export interface BadNumber {
   value: number;
 }
 
-/** A tensor of `resident.bin`, at an absolute file offset. */
+/** A tensor of `resident.bin` or `predictor.bin`, at an absolute file offset. */
 export interface NativeTensor {
   name: string;
   offset: number;
@@ -91,7 +91,7 @@ export interface NativeTensor {
 /** An extent to load and check, at its file offset. */
 export interface NativeExtent {
   name: string;
-  file: 'resident' | 'neurons';
+  file: 'resident' | 'neurons' | 'predictor';
   offset: number;
   bytes: number;
   crc32: number;
@@ -119,6 +119,23 @@ export interface StreamRequest {
   checksumOffsets?: number[];
   /** Trouble that tests ask for. Reads are numbered from 1; that one fails with EIO, or ends early; every read takes a delay. */
   trial?: { failRead?: number; shortRead?: number; delayUs?: number };
+}
+
+/**
+ * A predictor of which neurons contribute (paper section 1.9): score = bias + fc2^T relu(fc1 x), one a neuron. Tensors as
+ * FORMAT.md section 6 has them. Steps that do not ask for exactness compute only neurons whose score reaches a threshold.
+ */
+export interface PredictorRequest {
+  path: string;
+  extents: NativeExtent[];
+  tensors: NativeTensor[];
+  /** What fc1 multiplies: the residual stream after attention, or the FFN's normed input. */
+  input: 'residual' | 'ffn_norm';
+  /** For each layer: a neuron in memory is computed from this score on, one on flash is fetched from that on. */
+  memoryThresholds: number[];
+  flashThresholds: number[];
+  /** For calibration: neurons of an expert from this number on (in heat order) count as on flash, wherever they are. */
+  flashFrom?: number;
 }
 
 /** Bytes that opening a request takes: what its counters show once it is open, and memory needed only while it opens. */
@@ -192,6 +209,8 @@ export interface EngineRequest {
   batchSize: number;
   /** Absent: every neuron is resident. */
   stream?: StreamRequest;
+  /** Absent: every gate is computed. */
+  predictor?: PredictorRequest;
 }
 
 export interface StepRequest {
@@ -201,6 +220,8 @@ export interface StepRequest {
   /** Receives logits: of every token if `all`, else of the last. vocabSize floats for each. */
   logits: Float32Array;
   all: boolean;
+  /** Whether every neuron that fires is computed, though the engine has a predictor. Default: no. */
+  exact?: boolean;
   /**
    * If given, receives which neurons fired: for each token, for each layer, for each expert, ceil(neurons / 8) bytes in which
    * bit i % 8 of byte i / 8 says that neuron i (in heat order) fired. Neurons of experts that were not routed to have not.

@@ -1,6 +1,6 @@
 import type { Encoding } from './encoding.js';
 import { expertCount, type Hyperparameters } from './hyperparameters.js';
-import { type Manifest, NEURONS_FILE, RESIDENT_FILE } from './manifest.js';
+import { type Extent, type Manifest, NEURONS_FILE, PREDICTOR_FILE, RESIDENT_FILE } from './manifest.js';
 
 /** A tensor that a model with certain hyper-parameters has; FORMAT.md section 3. */
 export interface ExpectedTensor {
@@ -13,10 +13,11 @@ export interface ExpectedTensor {
 
 /** The extents of a model. Their order in the manifest is that of their offsets. */
 export function expectedExtents(
-  manifest: Pick<Manifest, 'hyperparameters' | 'heat_order'>,
-): { name: string; file: typeof RESIDENT_FILE | typeof NEURONS_FILE }[] {
+  manifest: Pick<Manifest, 'hyperparameters' | 'heat_order' | 'predictor'>,
+): { name: string; file: Extent['file'] }[] {
   const layers = Array.from({ length: manifest.hyperparameters.layer_count }, (_, layer) => `layers.${layer}`);
   const ordered = manifest.heat_order === 'identity' ? [] : layers;
+  const predicted = manifest.predictor === undefined ? [] : layers;
   return [
     { name: 'embedding', file: RESIDENT_FILE },
     ...layers.map((layer) => ({ name: `${layer}.attention`, file: RESIDENT_FILE }) as const),
@@ -24,12 +25,13 @@ export function expectedExtents(
     ...layers.map((layer) => ({ name: `${layer}.checksums`, file: RESIDENT_FILE }) as const),
     ...ordered.map((layer) => ({ name: `${layer}.heat_order`, file: RESIDENT_FILE }) as const),
     ...layers.map((layer) => ({ name: `${layer}.neurons`, file: NEURONS_FILE }) as const),
+    ...predicted.map((layer) => ({ name: `${layer}.predictor`, file: PREDICTOR_FILE }) as const),
   ];
 }
 
 /** Every tensor that the hyper-parameters demand, with its shape and how it may be stored. */
 export function expectedTensors(
-  manifest: Pick<Manifest, 'hyperparameters' | 'quantization' | 'heat_order'>,
+  manifest: Pick<Manifest, 'hyperparameters' | 'quantization' | 'heat_order' | 'predictor'>,
 ): ExpectedTensor[] {
   const { hyperparameters: h, quantization } = manifest;
   const tensors: ExpectedTensor[] = [];
@@ -52,6 +54,14 @@ export function expectedTensors(
       const name = `layers.${layer}.heat_order`;
       tensors.push({ extent: name, name, rows: expertCount(h), columns: h.neuron_count, encodings: ['u32'] });
     }
+  }
+  const { predictor } = manifest;
+  for (const [layer, rank] of (predictor?.ranks ?? []).entries()) {
+    const extent = `layers.${layer}.predictor`;
+    const rows = expertCount(h) * rank;
+    matrix(extent, `${extent}.fc1`, rows, h.hidden_size, predictor?.fc1 as Encoding);
+    matrix(extent, `${extent}.fc2`, rows, h.neuron_count, predictor?.fc2 as Encoding);
+    vector(extent, `${extent}.bias`, h.neuron_count, expertCount(h));
   }
   vector('head', 'output_norm', h.hidden_size);
   if (layerNorm) vector('head', 'output_norm_bias', h.hidden_size);

@@ -4,6 +4,8 @@ import type { Manifest } from './manifest.js';
 
 /** No layout function packs more neurons together; bounds the memory that one unit can ask for. */
 const NEURONS_PER_UNIT_MAX = 1024;
+/** A predictor of more hidden units would cost more than the neurons it saves. */
+const PREDICTOR_RANK_MAX = 65536;
 
 /** What the hyper-parameters contradict each other in, in words; null if nothing. */
 export function checkHyperparameters(manifest: Manifest): string | null {
@@ -51,4 +53,23 @@ export function checkLayout(manifest: Manifest): string | null {
     layout.part2_offset === part1 &&
     layout.unit_bytes === roundUpToPage(count * (part1 + part2));
   return split || joint ? null : 'layout: offsets and strides are neither split nor joint parts of a unit';
+}
+
+/** What a predictor contradicts the model in, in words; null if nothing. */
+export function checkPredictor({ predictor, hyperparameters: h }: Manifest): string | null {
+  if (predictor === undefined) return null;
+  if (predictor.ranks.length !== h.layer_count) {
+    return `predictor.ranks has ${predictor.ranks.length} entries for ${h.layer_count} layers`;
+  }
+  if (predictor.fc1 === 'f32' || predictor.fc2 === 'f32') return 'predictor: fc1 and fc2 are f16, q8 or q4';
+  if (predictor.ranks.some((rank) => rank > PREDICTOR_RANK_MAX)) return 'predictor.ranks: a rank is absurd';
+  for (const [i, point] of predictor.points.entries()) {
+    for (const kind of ['memory_thresholds', 'flash_thresholds'] as const) {
+      if (point[kind].length !== h.layer_count) return `predictor.points.${i}.${kind} must have one entry a layer`;
+    }
+    if (i > 0 && point.kept_share <= predictor.points[i - 1].kept_share) {
+      return `predictor.points.${i}.kept_share is not above the one before`;
+    }
+  }
+  return null;
 }

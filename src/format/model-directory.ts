@@ -12,11 +12,12 @@ import {
   type Manifest,
   manifestSchema,
   NEURONS_FILE,
+  PREDICTOR_FILE,
   PROFILE_FILE,
   RESIDENT_FILE,
   type TensorEntry,
 } from './manifest.js';
-import { checkHyperparameters, checkLayout } from './manifest-checks.js';
+import { checkHyperparameters, checkLayout, checkPredictor } from './manifest-checks.js';
 
 /** Tensors begin at multiples of this inside their extent. */
 export const TENSOR_ALIGNMENT = 64;
@@ -59,6 +60,10 @@ export class ModelDirectory {
     return path.join(this.path, NEURONS_FILE);
   }
 
+  get predictorPath(): string {
+    return path.join(this.path, PREDICTOR_FILE);
+  }
+
   /** The activation profile that the heat order is made of; null when the neurons are in the order of the checkpoint. */
   get profilePath(): string | null {
     return this.manifest.heat_order === 'identity' ? null : path.join(this.path, PROFILE_FILE);
@@ -76,7 +81,7 @@ export class ModelDirectory {
     return this.#tensors.get(name);
   }
 
-  /** Where a tensor begins in `resident.bin`. */
+  /** Where a tensor begins in the file of its extent. */
   tensorOffset(tensor: TensorEntry): number {
     return this.extent(tensor.extent).offset + tensor.offset;
   }
@@ -194,12 +199,18 @@ function requireKnownVersion(json: unknown, where: string): void {
 
 /** The first thing in the manifest that cannot be, in words; null if all adds up. */
 function findProblem(manifest: Manifest): string | null {
-  return checkHyperparameters(manifest) ?? checkLayout(manifest) ?? checkExtents(manifest) ?? checkTensors(manifest);
+  return (
+    checkHyperparameters(manifest) ??
+    checkLayout(manifest) ??
+    checkPredictor(manifest) ??
+    checkExtents(manifest) ??
+    checkTensors(manifest)
+  );
 }
 
 function checkExtents(manifest: Manifest): string | null {
   const expected = new Map(expectedExtents(manifest).map((extent) => [extent.name, extent.file]));
-  const ends = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0 };
+  const ends = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0, [PREDICTOR_FILE]: 0 };
   const seen = new Set<string>();
   for (const extent of manifest.extents) {
     if (!expected.has(extent.name)) return `unknown extent ${extent.name}`;

@@ -8,6 +8,7 @@ const PARTS = [
   'norms and biases',
   'router',
   'ffn',
+  'predictor',
   'head',
   'checksums',
   'heat order',
@@ -47,6 +48,7 @@ export function partSizes(manifest: Manifest): PartSize[] {
 
 function partOf(tensor: string): Part {
   const kind = tensor.split('.').at(-1) as string;
+  if (tensor.includes('.predictor.')) return 'predictor';
   if (kind === 'embedding' || kind === 'position_embedding') return 'embedding';
   if (kind === 'head' || kind === 'router' || kind === 'checksums') return kind;
   if (kind === 'heat_order') return 'heat order';
