@@ -136,7 +136,7 @@ class Bench {
 
 /** Bytes are of all tokens that were computed, the prompt of one of a decode test included: it reads what the others read. */
 function summarizeTest(test: string, samples: Sample[]): TestResult {
-  const counted = (key: Exclude<keyof EngineCounters, 'stream'>) =>
+  const counted = (key: Exclude<keyof EngineCounters, 'stream' | 'predictor'>) =>
     samples.reduce((total, { before, after }) => total + after[key] - before[key], 0);
   return {
     test,

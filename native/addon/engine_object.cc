@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 
@@ -58,6 +59,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     const Napi::Value logits_value = fields.value("logits");
     const size_t position = fields.size("position");
     const bool all = fields.boolean("all");
+    const bool exact = fields.has("exact") && fields.boolean("exact");
     const auto typed = [](const Napi::Value& value, napi_typedarray_type type) {
       return value.IsTypedArray() && value.As<Napi::TypedArray>().TypedArrayType() == type;
     };
@@ -92,7 +94,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     bits("routed", &record.routed, &routed_room);
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, record, fired_room, routed_room] {
+        [shared = shared_, token_data, logit_data, count, room, position, all, exact, record, fired_room, routed_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
           if (room < (all ? count : 1) * shared->engine->vocab_size()) {
@@ -102,7 +104,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           } else if (record.routed != nullptr && routed_room < count * shared->engine->routed_bytes_per_token()) {
             status = Status::argument("routed is too small");
           } else {
-            status = shared->engine->step(token_data, count, position, logit_data, all, record);
+            status = shared->engine->step(token_data, count, position, logit_data, all, exact, record);
           }
           shared->busy.store(false);
           shared->busy.notify_all();
@@ -132,6 +134,16 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     set("weightBytes", c.weight_bytes);
     set("kvBytes", c.kv_bytes);
     set("scratchBytes", c.scratch_bytes);
+    if (const Predictor* predictor = shared_->engine->predictor()) {
+      const PredictorCounters p = predictor->counters();
+      Napi::Object guesses = Napi::Object::New(env);
+      set_in(guesses, "ns", p.ns);
+      set_in(guesses, "weightBytesRead", p.weight_bytes_read);
+      set_in(guesses, "scored", p.scored);
+      set_in(guesses, "chosen", p.chosen);
+      set_in(guesses, "skippedOnFlash", p.skipped_on_flash);
+      object.Set("predictor", guesses);
+    }
     if (const StreamedExperts* streamed = shared_->engine->streamed()) {
       const StreamCounters& s = streamed->stream_counters();
       Napi::Object stream = Napi::Object::New(env);
@@ -167,6 +179,60 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   bool closed_ = false;
 };
 
+const double kLargest = 9007199254740991.0;
+
+/** Calls read(element) for each object of an array. */
+template <class Read>
+void each(Fields& fields, const char* name, const Read& read) {
+  const Napi::Value value = fields.value(name);
+  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
+  const Napi::Array array = value.As<Napi::Array>();
+  for (uint32_t i = 0; i < array.Length(); i++) {
+    Fields element(array.Get(i));
+    read(element);
+    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
+  }
+}
+
+/** Extents of two files, or of a predictor's own. */
+void read_extents(Fields& fields, bool of_predictor, std::vector<ExtentConfig>* extents) {
+  each(fields, "extents", [&](Fields& e) {
+    const std::string file = e.text("file");
+    const bool is_known = of_predictor ? file == "predictor" : file == "resident" || file == "neurons";
+    if (!is_known) e.fail(of_predictor ? "file must be predictor" : "file must be resident or neurons");
+    extents->push_back(
+        {e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"), static_cast<uint32_t>(e.size("crc32"))});
+  });
+}
+
+void read_tensors(Fields& fields, std::vector<TensorConfig>* tensors) {
+  each(fields, "tensors", [&](Fields& e) {
+    tensors->push_back(
+        {e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"), e.size("columns")});
+  });
+}
+
+void read_predictor(Fields& request, PredictorConfig* predictor) {
+  Fields fields(request.value("predictor"));
+  predictor->path = fields.text("path");
+  if (predictor->path.empty()) fields.fail("path is empty");
+  read_extents(fields, true, &predictor->extents);
+  read_tensors(fields, &predictor->tensors);
+  const std::string input = fields.text("input");
+  if (input != "residual" && input != "ffn_norm") fields.fail("input must be residual or ffn_norm");
+  predictor->input = input == "residual" ? PredictorInput::kResidual : PredictorInput::kFfnNorm;
+  const auto thresholds = [&](const char* name, std::vector<float>* values) {
+    for (const double value : fields.numbers(name)) {
+      if (std::isnan(value)) fields.fail(std::string(name) + " must be numbers");
+      values->push_back(static_cast<float>(value));
+    }
+  };
+  thresholds("memoryThresholds", &predictor->memory_thresholds);
+  thresholds("flashThresholds", &predictor->flash_thresholds);
+  predictor->flash_from = fields.size_or("flashFrom", SIZE_MAX);
+  if (!fields.status().is_ok()) request.fail("predictor: " + fields.status().message());
+}
+
 void read_stream(Fields& request, StreamConfig* stream) {
   Fields fields(request.value("stream"));
   const std::vector<double> gates = fields.numbers("residentGates");
@@ -191,7 +257,7 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
   if (fields.has("checksumOffsets")) {
     for (const double offset : fields.numbers("checksumOffsets")) {
-      if (!(offset >= 0 && offset <= 9007199254740991.0)) fields.fail("checksumOffsets must be sizes");
+      if (!(offset >= 0 && offset <= kLargest)) fields.fail("checksumOffsets must be sizes");
       stream->checksum_offsets.push_back(static_cast<size_t>(offset));
     }
   }
@@ -209,28 +275,10 @@ EngineConfig read_config(Fields& fields) {
   EngineConfig config{};
   config.resident_path = fields.text("residentPath");
   config.neurons_path = fields.text("neuronsPath");
-  const auto each = [&](const char* name, const auto& read) {
-    const Napi::Value value = fields.value(name);
-    if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
-    const Napi::Array array = value.As<Napi::Array>();
-    for (uint32_t i = 0; i < array.Length(); i++) {
-      Fields element(array.Get(i));
-      read(element);
-      if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
-    }
-  };
-  each("extents", [&](Fields& e) {
-    const std::string file = e.text("file");
-    if (file != "resident" && file != "neurons") e.fail("file must be resident or neurons");
-    config.extents.push_back(
-        {e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"), static_cast<uint32_t>(e.size("crc32"))});
-  });
-  each("tensors", [&](Fields& e) {
-    config.tensors.push_back(
-        {e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"), e.size("columns")});
-  });
+  read_extents(fields, false, &config.extents);
+  read_tensors(fields, &config.tensors);
   for (const double offset : fields.numbers("expertOffsets")) {
-    if (!(offset >= 0 && offset <= 9007199254740991.0)) fields.fail("expertOffsets must be sizes");
+    if (!(offset >= 0 && offset <= kLargest)) fields.fail("expertOffsets must be sizes");
     config.expert_offsets.push_back(static_cast<size_t>(offset));
   }
   const Status layout = read_layout(fields.value("layout"), &config.layout);
@@ -279,6 +327,7 @@ EngineConfig read_config(Fields& fields) {
   if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
   config.batch_size = fields.size("batchSize");
   if (fields.has("stream")) read_stream(fields, &config.stream);
+  if (fields.has("predictor")) read_predictor(fields, &config.predictor);
   return config;
 }
 

@@ -49,6 +49,23 @@ struct StreamConfig {
   bool enabled() const { return !banks.empty(); }
 };
 
+/** What a predictor's first matrix multiplies. */
+enum class PredictorInput { kResidual, kFfnNorm };
+
+/** PredictorRequest of src/engine/contract.ts. */
+struct PredictorConfig {
+  std::string path;  // empty: no predictor
+  std::vector<ExtentConfig> extents;
+  std::vector<TensorConfig> tensors;
+  PredictorInput input = PredictorInput::kFfnNorm;
+  std::vector<float> memory_thresholds;  // (layer)
+  std::vector<float> flash_thresholds;   // (layer)
+  /** Neurons of a bank from this one on count as on flash, wherever they are. */
+  size_t flash_from = SIZE_MAX;
+
+  bool enabled() const { return !path.empty(); }
+};
+
 /** EngineRequest of src/engine/contract.ts. */
 struct EngineConfig {
   std::string resident_path;
@@ -79,6 +96,7 @@ struct EngineConfig {
   std::string kernel_set;
   size_t batch_size;
   StreamConfig stream;
+  PredictorConfig predictor;
 
   size_t query_size() const { return head_count * head_dim; }
   size_t kv_size() const { return kv_head_count * head_dim; }

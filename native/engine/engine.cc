@@ -34,13 +34,16 @@ Status check(const EngineConfig& c) {
 }
 
 /** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
-constexpr size_t kPieces = 11;
+constexpr size_t kPieces = 15;
 std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
   const size_t batch = config.batch_size;
   const size_t hidden = config.hidden_size;
   const size_t heads = config.query_size();
   const size_t stream_bytes = Activations::float_bytes(hidden, batch);
   const size_t routed = config.expert_count > 1 ? batch : 0;
+  const bool from_residual = config.predictor.enabled() && config.predictor.input == PredictorInput::kResidual;
+  const size_t guessed = from_residual ? batch : 0;
+  const size_t guessed_routed = from_residual ? routed : 0;
   return {stream_bytes,
           stream_bytes,
           Activations::float_bytes(hidden, batch),
@@ -51,7 +54,11 @@ std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
           Activations::quantized_bytes(hidden, routed),
           (Attention::scratch_bytes(config) + 63) / 64 * 64,
           (Ffn::scratch_bytes(config) + 63) / 64 * 64,
-          config.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config)};
+          config.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config),
+          Activations::quantized_bytes(hidden, guessed),
+          Activations::float_bytes(hidden, guessed_routed),
+          Activations::quantized_bytes(hidden, guessed_routed),
+          Predictor::scratch_bytes(config)};
 }
 
 }  // namespace
@@ -63,6 +70,7 @@ Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
   memory->weight_bytes = Weights::resident_bytes_needed(config);
   memory->kv_bytes = KvCache::bytes_needed(config);
   for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
+  if (config.predictor.enabled()) memory->weight_bytes += Predictor::bytes_needed(config);
   memory->load_bytes = config.threads * kLoadBytes;
   if (!config.stream.enabled()) {
     memory->weight_bytes += Weights::neuron_bytes_needed(config);
@@ -82,6 +90,7 @@ Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
   engine->kernels_ = find_kernels(engine->config_.kernel_set);
   if (engine->kernels_ == nullptr) return Status::cpu("this CPU cannot run the " + engine->config_.kernel_set + " kernels");
   status = engine->weights_.load(engine->config_);
+  if (status.is_ok() && engine->config_.predictor.enabled()) status = engine->predictor_.load(engine->config_);
   if (status.is_ok()) status = engine->allocate();
   if (status.is_ok()) *result = std::move(engine);
   return status;
@@ -111,17 +120,20 @@ Status Engine::allocate() {
   hidden_ = reinterpret_cast<float*>(pieces[0]);
   update_ = reinterpret_cast<float*>(pieces[1]);
   normed_ = activations(2, hidden);
+  residual_ = Activations(hidden_, reinterpret_cast<QuantizedGroup*>(pieces[11]), hidden);
   attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
+  if (config_.predictor.enabled()) predictor_.bind(config_, *kernels_, *pool_, pieces[14]);
+  Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
   if (config_.stream.enabled()) {
     std::unique_ptr<StreamedExperts> streamed;
-    status = StreamedExperts::open(config_, weights_, *kernels_, *pool_, &streamed);
+    status = StreamedExperts::open(config_, weights_, *kernels_, *pool_, predictor, &streamed);
     if (!status.is_ok()) return status;
     streamed_ = streamed.get();
     experts_ = std::move(streamed);
   } else {
-    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, pieces[10]);
+    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, pieces[10]);
   }
-  ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden));
+  ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden), activations(12, hidden));
   return status;
 }
 
@@ -161,8 +173,15 @@ void Engine::add_update(size_t count) {
   }
 }
 
+const Activations* Engine::predictor_input(size_t count, bool exact) {
+  if (exact || !config_.predictor.enabled()) return nullptr;
+  if (config_.predictor.input == PredictorInput::kFfnNorm) return &normed_;
+  for (size_t t = 0; t < count; t++) residual_.quantize(*kernels_, t);
+  return &residual_;
+}
+
 /** `record` begins at the first of these tokens, with layer 0. */
-Status Engine::run_layer(size_t index, size_t count, size_t position, FiringRecord record) {
+Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
@@ -173,7 +192,7 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, FiringReco
   ffn_.record_routes(record.routed == nullptr ? nullptr : record.routed + index * routed_bytes(config_.expert_count),
                      routed_bytes_per_token());
   Status status =
-      ffn_.compute(index, layer, normed_, count, update_, stride,
+      ffn_.compute(index, layer, normed_, predictor_input(count, exact), count, update_, stride,
                    record.fired == nullptr ? nullptr : record.fired + index * layer_bytes, fired_bytes_per_token());
   add_update(count);
   resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
@@ -196,7 +215,8 @@ void Engine::compute_logits(size_t first, size_t count, float* logits) {
   resident_bytes_read_ += head.bytes();
 }
 
-Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, FiringRecord record) {
+Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
+                    FiringRecord record) {
   if (count == 0) return Status::argument("a step needs at least one token");
   if (position > config_.context_length || count > config_.context_length - position) {
     return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
@@ -218,7 +238,7 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     embed(tokens + done, batch, position + done);
     attention_.begin(position + done, batch);
     for (size_t i = 0; i < config_.layer_count; i++) {
-      Status status = run_layer(i, batch, position + done, record);
+      Status status = run_layer(i, batch, position + done, exact, record);
       // The positions of this batch stay unfilled: the next step may begin there again.
       if (!status.is_ok()) return status;
     }
@@ -238,12 +258,13 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
 
 EngineCounters Engine::counters() const {
   const FfnCounters& ffn = experts_->counters();
+  const uint64_t predictor_bytes = predictor() == nullptr ? 0 : predictor_.counters().weight_bytes_read;
   return {tokens_,
-          resident_bytes_read_ + ffn_.router_bytes_read() + ffn.weight_bytes_read,
+          resident_bytes_read_ + ffn_.router_bytes_read() + ffn.weight_bytes_read + predictor_bytes,
           attention_.kv_bytes_read(),
           ffn.neurons_fired,
           ffn.neurons_seen,
-          weights_.bytes() + (streamed_ != nullptr ? streamed_->weight_bytes() : 0),
+          weights_.bytes() + predictor_.bytes() + (streamed_ != nullptr ? streamed_->weight_bytes() : 0),
           cache_.bytes(),
           scratch_.bytes() + (streamed_ != nullptr ? streamed_->scratch_bytes() : 0)};
 }

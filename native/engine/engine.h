@@ -16,6 +16,7 @@
 #include "native/engine/experts.h"
 #include "native/engine/ffn.h"
 #include "native/engine/kv_cache.h"
+#include "native/engine/predictor.h"
 #include "native/engine/weights.h"
 
 namespace pi2 {
@@ -58,10 +59,11 @@ class Engine {
 
   /**
    * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
-   * `logits` gets vocab_size floats of each token if `all`, else of the last. `record` gets which neurons fired and which
-   * experts were used.
+   * `logits` gets vocab_size floats of each token if `all`, else of the last. With `exact` the predictor has no say.
+   * `record` gets which neurons fired and which experts were used.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, FiringRecord record);
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
+              FiringRecord record);
 
   const char* kernel_set() const { return kernels_->name; }
   size_t fired_bytes_per_token() const {
@@ -70,6 +72,8 @@ class Engine {
   size_t routed_bytes_per_token() const { return config_.layer_count * routed_bytes(config_.expert_count); }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
+  /** The predictor, if the engine has one, else null. */
+  const Predictor* predictor() const { return config_.predictor.enabled() ? &predictor_ : nullptr; }
   /** The experts, if they are streamed, else null. */
   const StreamedExperts* streamed() const { return streamed_; }
 
@@ -81,7 +85,9 @@ class Engine {
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
-  Status run_layer(size_t index, size_t count, size_t position, FiringRecord record);
+  /** What predictors look at once `hidden_` is the residual stream after attention and `normed_` the FFN's input. */
+  const Activations* predictor_input(size_t count, bool exact);
+  Status run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record);
   void compute_logits(size_t first, size_t count, float* logits);
 
   EngineConfig config_;
@@ -93,9 +99,11 @@ class Engine {
   float* hidden_ = nullptr;  // (batch, padded hidden): the residual stream
   float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
   Activations normed_;
+  Activations residual_;  // hidden_ and its int8 form, for predictors that look at it
   Attention attention_;
   std::unique_ptr<Experts> experts_;
   StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
+  Predictor predictor_;
   Ffn ffn_;
   size_t filled_ = 0;  // positions in the KV cache
   uint64_t tokens_ = 0;

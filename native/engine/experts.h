@@ -33,6 +33,8 @@ struct ExpertJob {
   size_t expert_index;
   const LayerWeights& layer;
   const Activations& x;  // both forms filled
+  /** What the predictor looks at, both forms; null: every neuron that fires is computed. */
+  const Activations* predictor_x;
   size_t tokens;
   const float* shares;  // routing weight of each token; null: all 1
   float* out;           // (token, padded hidden), zeroed; natural order when done
@@ -43,8 +45,9 @@ struct ExpertJob {
 };
 
 /**
- * Computes experts exactly: every gate, and up rows and down columns only of neurons that fire (paper section 1.1). A dense
- * FFN is one expert. Implementations differ in where neurons are kept, never in a single bit of the result.
+ * Computes experts: gates of all neurons, or of those that a predictor chooses, and up rows and down columns only of neurons
+ * that fire (paper section 1.1). A dense FFN is one expert. Implementations differ in where neurons are kept; without a
+ * predictor, never in a single bit of the result.
  */
 class Experts {
  public:

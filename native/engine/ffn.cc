@@ -21,27 +21,29 @@ size_t Ffn::carve(const EngineConfig& config, uint8_t* scratch) {
 
 size_t Ffn::scratch_bytes(const EngineConfig& config) { return Ffn().carve(config, nullptr); }
 
-void Ffn::bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed) {
+void Ffn::bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed,
+               Activations routed_residual) {
   config_ = &config;
   kernels_ = &kernels;
   experts_ = &experts;
   routed_ = routed;
+  routed_residual_ = routed_residual;
   carve(config, scratch);
 }
 
-Status Ffn::compute(size_t layer_index, const LayerWeights& layer, const Activations& x, size_t tokens, float* out,
-                    size_t out_stride, uint8_t* fired_bits, size_t fired_stride) {
+Status Ffn::compute(size_t layer_index, const LayerWeights& layer, const Activations& x, const Activations* predictor_x,
+                    size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits, size_t fired_stride) {
   for (size_t t = 0; t < tokens; t++) std::memset(out + t * out_stride, 0, out_stride * sizeof(float));
   Status status;
   if (config_->expert_count == 1) {
     for (size_t t = 0; routed_bits_ != nullptr && t < tokens; t++) routed_bits_[t * routed_stride_] = 1;
-    status =
-        experts_->run({layer_index, 0, layer, x, tokens, nullptr, out, out_stride, {fired_bits, fired_stride, nullptr}});
+    const FiredBits fired{fired_bits, fired_stride, nullptr};
+    status = experts_->run({layer_index, 0, layer, x, predictor_x, tokens, nullptr, out, out_stride, fired});
   } else {
     route(layer, x, tokens);
     for (size_t e = 0; e < config_->expert_count && status.is_ok(); e++) {
       uint8_t* bits = fired_bits == nullptr ? nullptr : fired_bits + e * fired_bytes(config_->neuron_count);
-      status = run_routed(layer_index, e, layer, x, tokens, out, out_stride, bits, fired_stride);
+      status = run_routed(layer_index, e, layer, x, predictor_x, tokens, out, out_stride, bits, fired_stride);
     }
   }
   if (layer.down_bias.exists()) {
@@ -53,9 +55,15 @@ Status Ffn::compute(size_t layer_index, const LayerWeights& layer, const Activat
 }
 
 /** Gathers the tokens that chose the expert, computes them together and adds them to their outputs. */
-Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& layer, const Activations& x, size_t tokens,
-                       float* out, size_t out_stride, uint8_t* fired_bits, size_t fired_stride) {
+Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& layer, const Activations& x,
+                       const Activations* predictor_x, size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits,
+                       size_t fired_stride) {
   const size_t stride = x.stride();
+  const auto gather = [&](const Activations& from, size_t t, const Activations& to, size_t place) {
+    std::memcpy(to.token(place), from.token(t), stride * sizeof(float));
+    std::memcpy(to.quantized(place), from.quantized(t), x.groups() * sizeof(QuantizedGroup));
+  };
+  const bool from_residual = predictor_x != nullptr && predictor_x != &x;
   size_t count = 0;
   for (size_t t = 0; t < tokens; t++) {
     const float share = shares_[expert * config_->batch_size + t];
@@ -66,14 +74,16 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
     }
     tokens_[count] = static_cast<uint32_t>(t);
     token_shares_[count] = share;
-    std::memcpy(routed_.token(count), x.token(t), stride * sizeof(float));
-    std::memcpy(routed_.quantized(count), x.quantized(t), x.groups() * sizeof(QuantizedGroup));
+    gather(x, t, routed_, count);
+    if (from_residual) gather(*predictor_x, t, routed_residual_, count);
     count++;
   }
   if (count == 0) return Status::ok();
   std::memset(expert_out_, 0, count * stride * sizeof(float));
-  Status status = experts_->run(
-      {layer_index, expert, layer, routed_, count, token_shares_, expert_out_, stride, {fired_bits, fired_stride, tokens_}});
+  if (predictor_x != nullptr) predictor_x = from_residual ? &routed_residual_ : &routed_;
+  const FiredBits fired{fired_bits, fired_stride, tokens_};
+  Status status =
+      experts_->run({layer_index, expert, layer, routed_, predictor_x, count, token_shares_, expert_out_, stride, fired});
   for (size_t i = 0; i < count; i++) {
     float* y = out + tokens_[i] * out_stride;
     for (size_t j = 0; j < config_->hidden_size; j++) y[j] += expert_out_[i * stride + j];

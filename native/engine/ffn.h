@@ -7,16 +7,18 @@ namespace pi2 {
 class Ffn {
  public:
   static size_t scratch_bytes(const EngineConfig& config);
-  /** `routed`: room for the inputs of one expert's tokens. */
-  void bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed);
+  /** `routed`, `routed_residual`: room for what one expert's tokens give it and its predictor. */
+  void bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed,
+            Activations routed_residual);
 
   /**
    * out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. If `fired_bits`
    * is not null, bit i of token t's bytes at fired_bits + t * fired_stride + expert * fired_bytes(neurons) is set for every
-   * neuron i that fired. Fails only on I/O.
+   * neuron i that fired. `predictor_x` is x, the residual stream in both forms, or null for an exact result. Fails only on
+   * I/O.
    */
-  Status compute(size_t layer_index, const LayerWeights& weights, const Activations& x, size_t tokens, float* out,
-                 size_t out_stride, uint8_t* fired_bits, size_t fired_stride);
+  Status compute(size_t layer_index, const LayerWeights& weights, const Activations& x, const Activations* predictor_x,
+                 size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits, size_t fired_stride);
 
   /** Bytes of routers read since bind. */
   uint64_t router_bytes_read() const { return router_bytes_read_; }
@@ -34,8 +36,9 @@ class Ffn {
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
   void route(const LayerWeights& layer, const Activations& x, size_t tokens);
-  Status run_routed(size_t layer_index, size_t expert, const LayerWeights& layer, const Activations& x, size_t tokens,
-                    float* out, size_t out_stride, uint8_t* fired_bits, size_t fired_stride);
+  Status run_routed(size_t layer_index, size_t expert, const LayerWeights& layer, const Activations& x,
+                    const Activations* predictor_x, size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits,
+                    size_t fired_stride);
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
@@ -46,6 +49,7 @@ class Ffn {
   float* token_shares_ = nullptr;   // (batch): of one expert's tokens
   uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
   Activations routed_;
+  Activations routed_residual_;
   uint8_t* routed_bits_ = nullptr;  // of this layer, or null
   size_t routed_stride_ = 0;
   uint64_t router_bytes_read_ = 0;

@@ -9,14 +9,15 @@ Status compare_checksum(const ExtentConfig& extent, uint32_t sum) {
   return Status::checksum(extent.name + ": the bytes on flash do not match their checksum");
 }
 
-Status load_extents(const EngineConfig& config, bool neurons, const std::function<Status(size_t index)>& load) {
+Status load_extents(const std::vector<ExtentConfig>& extents, bool neurons, size_t threads,
+                    const std::function<Status(size_t index)>& load) {
   std::vector<size_t> wanted;
-  for (size_t i = 0; i < config.extents.size(); i++) {
-    if (config.extents[i].is_neurons == neurons) wanted.push_back(i);
+  for (size_t i = 0; i < extents.size(); i++) {
+    if (extents[i].is_neurons == neurons) wanted.push_back(i);
   }
   FirstFailure failure;
   std::atomic<size_t> next{0};
-  run_in_ranges(config.threads, config.threads, [&](size_t, size_t) {
+  run_in_ranges(threads, threads, [&](size_t, size_t) {
     for (size_t i = next.fetch_add(1); i < wanted.size() && !failure.any(); i = next.fetch_add(1)) {
       failure.meet(load(wanted[i]));
     }
@@ -24,10 +25,9 @@ Status load_extents(const EngineConfig& config, bool neurons, const std::functio
   return failure.take();
 }
 
-Status check_extents(const EngineConfig& config, bool neurons, const File& file) {
-  const std::string& path = neurons ? config.neurons_path : config.resident_path;
+Status check_extents(const std::string& path, const std::vector<ExtentConfig>& extents, bool neurons, const File& file) {
   size_t left = file.size();
-  for (const ExtentConfig& extent : config.extents) {
+  for (const ExtentConfig& extent : extents) {
     if (extent.is_neurons != neurons) continue;
     if (extent.offset > file.size() || extent.bytes > file.size() - extent.offset) {
       return Status::io(path + " ends before " + extent.name + " does");
@@ -51,7 +51,7 @@ Status check_neurons(const EngineConfig& config) {
   }
   File file;
   Status status = file.open(config.neurons_path);
-  if (status.is_ok()) status = check_extents(config, true, file);
+  if (status.is_ok()) status = check_extents(config.neurons_path, config.extents, true, file);
   if (status.is_ok() && config.expert_offsets.size() > file.size() / layout.bytes(config.neuron_count)) {
     status = Status::argument("neurons.bin is too small for every expert");
   }
@@ -78,7 +78,7 @@ Status load_bundles(
   std::vector<std::atomic<size_t>> loaded(config.expert_offsets.size());
   const size_t units_per_read = std::max<size_t>(1, kLoadBytes / layout.unit_bytes);
   const size_t expert_bytes = layout.bytes(config.neuron_count);
-  status = load_extents(config, true, [&](size_t index) {
+  status = load_extents(config.extents, true, config.threads, [&](size_t index) {
     const ExtentConfig& extent = config.extents[index];
     std::vector<uint8_t> buffer(std::min(units_per_read * layout.unit_bytes, extent.bytes));
     uint32_t sum = 0;

@@ -39,11 +39,12 @@ class FirstFailure {
 /** Fails, naming the extent, unless `sum` is its checksum. */
 Status compare_checksum(const ExtentConfig& extent, uint32_t sum);
 
-/** Runs load(index of the extent) on every extent of one file, on all threads. */
-Status load_extents(const EngineConfig& config, bool neurons, const std::function<Status(size_t index)>& load);
+/** Runs load(index of the extent) on every extent of neurons.bin (`neurons`) or of the other file, on all threads. */
+Status load_extents(const std::vector<ExtentConfig>& extents, bool neurons, size_t threads,
+                    const std::function<Status(size_t index)>& load);
 
-/** Whether a file holds every extent of its own, each of them once. */
-Status check_extents(const EngineConfig& config, bool neurons, const File& file);
+/** Whether a file holds every extent of its own (see load_extents), each of them once. `path` names it in errors. */
+Status check_extents(const std::string& path, const std::vector<ExtentConfig>& extents, bool neurons, const File& file);
 
 /** Whether bundle layout, experts' offsets and neurons.bin fit the model's shape: no more is allocated than the file has. */
 Status check_neurons(const EngineConfig& config);

@@ -11,6 +11,9 @@ namespace pi2 {
 /** Neurons that one thread takes at a time: the CPU's cluster (paper section 1.3). Product.h says why not fewer. */
 inline constexpr size_t kNeuronChunk = 128;
 
+/** Predictors score neurons in groups of kGroup. */
+inline constexpr size_t kChunksPerGroup = kGroup / kNeuronChunk;
+
 /**
  * Parts of the down sum. Part p holds the neurons of every kParts-th chunk, is summed by one thread in ascending order, and
  * parts are added in order. A column is read whole by one thread (DRAM dislikes halves), and a sum never depends on threads,

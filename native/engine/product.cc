@@ -54,6 +54,17 @@ void add_columns(const Kernels& kernels, Encoding encoding, const Column* column
   }
 }
 
+void add_columns_of_group(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group,
+                          float* y) {
+  float* first = y - group * kGroup;
+  switch (encoding) {
+    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, group, group + 1, first);
+    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, group, group + 1, first);
+    case Encoding::kF16: return kernels.add_columns_f16(columns, count, group, group + 1, first);
+    case Encoding::kF32: std::abort();
+  }
+}
+
 void add_columns(const Kernels& kernels, Encoding encoding, ColumnList list, size_t group, size_t tokens, float* y,
                  size_t y_stride) {
   list.columns.weights += weight_bytes(encoding, group * kGroup);

@@ -18,6 +18,7 @@ size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   part_columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
   neurons_ = carver.take<uint32_t>(kParts * part_room(config.neuron_count));
   fired_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
+  chosen_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
   part_sums_ = carver.take<float>(kParts * kGroup * group_count(config.hidden_size));
   tile_sums_ = carver.take<float>(config.threads * kTokenTile * kGroup);
   return carver.used();
@@ -25,8 +26,9 @@ size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
 
 size_t ResidentExperts::scratch_bytes(const EngineConfig& config) { return ResidentExperts().carve(config, nullptr); }
 
-ResidentExperts::ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch)
-    : config_(&config), kernels_(&kernels), pool_(&pool) {
+ResidentExperts::ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
+                                 uint8_t* scratch)
+    : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor) {
   carve(config, scratch);
 }
 
@@ -36,12 +38,34 @@ size_t ResidentExperts::part_size() const { return part_room(config_->neuron_cou
 
 Status ResidentExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
+  if (job.predictor_x != nullptr) predictor_->begin(job);
   if (job.tokens == 1) {
     run_one(job);
   } else {
     run_batch(job);
   }
+  if (job.predictor_x != nullptr) {
+    size_t chosen = 0;
+    for (size_t chunk = 0; chunk < chunks(); chunk++) chosen += chosen_[chunk];
+    predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
+  }
   return Status::ok();
+}
+
+/** Calls work(chunk, thread, scores) for every chunk; the scores of token t begin at scores + t * kGroup, null if exact. */
+template <class Work>
+void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
+  if (job.predictor_x == nullptr) {
+    pool_->run(chunks(), [&](size_t chunk, size_t thread) { work(chunk, thread, nullptr); });
+    return;
+  }
+  pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
+    const float* scores = predictor_->score(job, group, thread);
+    const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
+    for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
+      work(chunk, thread, scores + chunk % kChunksPerGroup * kNeuronChunk);
+    }
+  });
 }
 
 void ResidentExperts::run_batch(const ExpertJob& job) {
@@ -52,9 +76,10 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   const size_t neurons = config_->neuron_count;
   const size_t batch = config_->batch_size;
   const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
-  pool_->run(chunks(), [&](size_t chunk, size_t thread) {
+  for_chunks(job, [&](size_t chunk, size_t thread, const float* scores) {
     const size_t first = chunk * kNeuronChunk;
     const size_t count = std::min(kNeuronChunk, neurons - first);
+    uint32_t chosen = 0;
     float* gates = tiles_ + thread * 2 * batch * kNeuronChunk;  // (token, neuron of the chunk)
     float* ups = gates + batch * kNeuronChunk;
     multiply_rows(*kernels_, first_matrix, first, count, x, tokens, gates, kNeuronChunk);
@@ -70,6 +95,12 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
         for (size_t j = 0; j < count; j++) values[j] += layer.up_bias.floats()[first + j];
       }
       activate(*config_, values, ups + t * kNeuronChunk, count, values);
+      for (size_t j = 0; scores != nullptr && j < count; j++) {
+        const float threshold = predictor_->threshold(job.layer_index, first + j, true);
+        const bool is_chosen = Predictor::reaches(scores[t * kGroup + j], threshold);
+        if (!is_chosen) values[j] = 0.0f;
+        chosen += is_chosen;
+      }
       for (size_t j = 0; j < count; j++) fired += values[j] != 0.0f;
       for (size_t j = 0; job.fired.wanted() && j < count; j++) {
         if (values[j] != 0.0f) job.fired.mark(t, first + j);
@@ -77,6 +108,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
       for (size_t j = 0; job.shares != nullptr && j < count; j++) values[j] *= job.shares[t];
     }
     fired_[chunk] = fired;
+    chosen_[chunk] = chosen;
     for (size_t j = 0; j < count; j++) {
       float* factors = factors_ + (first + j) * batch;
       for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
@@ -121,30 +153,40 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   });
 }
 
-/** Fills columns_ with the chunk's neurons that fire, in order, and returns how many; counts the up rows read. */
-size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count) {
+/**
+ * Fills columns_ with the chunk's neurons that fire, in order, and returns how many. `chosen`: the neurons of the chunk to
+ * look at; all of them if `chosen_count` is `count`.
+ */
+size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen,
+                                   size_t chosen_count) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const LayerWeights& layer = job.layer;
   const Activations& x = job.x;
+  const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
   float gates[kNeuronChunk];
   float ups[kNeuronChunk];
   uint32_t open[kNeuronChunk];  // neurons of the chunk whose gate fires
   size_t open_count = 0;
-  multiply_rows(*kernels_, expert.gate.exists() ? expert.gate : expert.up, first, count, x, 1, gates, 0);
-  for (size_t j = 0; j < count; j++) {
-    if (layer.up_bias.exists()) gates[j] += layer.up_bias.floats()[first + j];
-    if (gate_fires(*config_, gates[j])) open[open_count++] = static_cast<uint32_t>(j);
-  }
-  if (!expert.gate.exists()) {
-    for (size_t k = 0; k < open_count; k++) ups[k] = 1.0f;
-  } else if (open_count == count) {
-    multiply_rows(*kernels_, expert.up, first, count, x, 1, ups, 0);
-  } else {
+  // Products of the listed neurons; of all of them as one matrix, which gives the same bits faster.
+  const auto multiply_some = [&](const Matrix& matrix, const uint32_t* list, size_t length, float* y) {
+    if (length == count) return multiply_rows(*kernels_, matrix, first, count, x, 1, y, 0);
     const uint8_t* rows[kNeuronChunk];
-    for (size_t k = 0; k < open_count; k++) rows[k] = expert.up.rows_from(first + open[k]).weights;
-    multiply_list(*kernels_, expert.up.encoding, rows, open_count, x, ups);
+    for (size_t k = 0; k < length; k++) rows[k] = matrix.rows_from(first + list[k]).weights;
+    multiply_list(*kernels_, matrix.encoding, rows, length, x, y);
+  };
+  multiply_some(first_matrix, chosen, chosen_count, gates);
+  for (size_t k = 0; k < chosen_count; k++) {
+    const uint32_t j = chosen_count == count ? static_cast<uint32_t>(k) : chosen[k];
+    if (layer.up_bias.exists()) gates[k] += layer.up_bias.floats()[first + j];
+    if (!gate_fires(*config_, gates[k])) continue;
+    gates[open_count] = gates[k];
+    open[open_count++] = j;
   }
-  for (size_t k = 0; k < open_count; k++) gates[k] = gates[open[k]];
+  if (expert.gate.exists()) {
+    multiply_some(expert.up, open, open_count, ups);
+  } else {
+    for (size_t k = 0; k < open_count; k++) ups[k] = 1.0f;
+  }
   activate(*config_, gates, ups, open_count, gates);
   Column* columns = columns_ + first;
   size_t fired = 0;
@@ -174,10 +216,18 @@ void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
 void ResidentExperts::run_one(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const size_t neurons = config_->neuron_count;
-  pool_->run(chunks(), [&](size_t chunk, size_t) {
+  for_chunks(job, [&](size_t chunk, size_t, const float* scores) {
     const size_t first = chunk * kNeuronChunk;
     const size_t count = std::min(kNeuronChunk, neurons - first);
-    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, count));
+    uint32_t chosen[kNeuronChunk];
+    size_t chosen_count = scores == nullptr ? count : 0;
+    for (size_t j = 0; scores != nullptr && j < count; j++) {
+      chosen[chosen_count] = static_cast<uint32_t>(j);
+      const float threshold = predictor_->threshold(job.layer_index, first + j, true);
+      chosen_count += Predictor::reaches(scores[j], threshold);
+    }
+    chosen_[chunk] = static_cast<uint32_t>(chosen_count);
+    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, count, chosen, chosen_count));
   });
   pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });
   const size_t length = group_count(config_->hidden_size) * kGroup;
@@ -187,9 +237,13 @@ void ResidentExperts::run_one(const ExpertJob& job) {
   kernels_->to_natural_order(expert.down.encoding, job.out, length / kGroup);
 
   size_t fired = 0;
-  for (size_t chunk = 0; chunk < chunks(); chunk++) fired += fired_[chunk];
+  size_t chosen = 0;
+  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+    fired += fired_[chunk];
+    chosen += chosen_[chunk];
+  }
   counters_.neurons_fired += fired;
-  counters_.weight_bytes_read += expert.down.bytes() + (config_->layout.matrices - 1) * fired * expert.down.row_bytes();
+  counters_.weight_bytes_read += (chosen + (config_->layout.matrices - 1) * fired) * expert.down.row_bytes();
 }
 
 }  // namespace pi2

@@ -1,6 +1,7 @@
 #pragma once
 #include "native/base/thread_pool.h"
 #include "native/engine/experts.h"
+#include "native/engine/predictor.h"
 
 namespace pi2 {
 
@@ -8,7 +9,9 @@ namespace pi2 {
 class ResidentExperts : public Experts {
  public:
   static size_t scratch_bytes(const EngineConfig& config);
-  ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch);
+  /** `predictor` may be null. */
+  ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
+                  uint8_t* scratch);
 
   Status run(const ExpertJob& job) override;
 
@@ -20,19 +23,23 @@ class ResidentExperts : public Experts {
   void run_batch(const ExpertJob& job);
   void run_one(const ExpertJob& job);
   void add_part(const ExpertWeights& expert, size_t part);
-  size_t find_fired(const ExpertJob& job, size_t first, size_t count);
+  template <class Work>
+  void for_chunks(const ExpertJob& job, const Work& work);
+  size_t find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen, size_t chosen_count);
   size_t chunks() const;
   size_t part_size() const;
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
   ThreadPool* pool_ = nullptr;
+  Predictor* predictor_ = nullptr;
   float* factors_ = nullptr;        // (neuron, batch): contributions to several tokens
   float* tiles_ = nullptr;          // (thread, 2, batch, chunk): products of a chunk's rows
   Column* columns_ = nullptr;       // (chunk, neuron of the chunk): fired neurons of one token
   Column* part_columns_ = nullptr;  // (part, neuron of the part): the same by part, without gaps
   uint32_t* neurons_ = nullptr;     // (part, neuron of the part): neurons that fired for any token
   uint32_t* fired_ = nullptr;       // (chunk): how many
+  uint32_t* chosen_ = nullptr;      // (chunk): how many were looked at
   float* part_sums_ = nullptr;      // (part, padded hidden): one token's sums
   float* tile_sums_ = nullptr;      // (thread, token of a tile, group): sums of one part and group
 };

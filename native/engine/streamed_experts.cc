@@ -12,8 +12,8 @@ namespace pi2 {
 StreamedExperts::~StreamedExperts() = default;
 
 Status StreamedExperts::open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
-                             std::unique_ptr<StreamedExperts>* result) {
-  std::unique_ptr<StreamedExperts> experts(new StreamedExperts(config, kernels, pool));
+                             Predictor* predictor, std::unique_ptr<StreamedExperts>* result) {
+  std::unique_ptr<StreamedExperts> experts(new StreamedExperts(config, kernels, pool, predictor));
   Status status = check_neurons(config);
   if (status.is_ok()) status = check_plans(config);
   if (status.is_ok()) status = experts->find_checksums(weights);
@@ -54,7 +54,7 @@ size_t StreamedExperts::scratch_bytes_needed(const EngineConfig& config) {
   // The pointers that carve sets are dropped with this object.
   ThreadPool no_threads(1);
   return 2 * half_bytes(config) + 2 * half_requests(config) * sizeof(ReadRequest) +
-         StreamedExperts(config, scalar_kernels(), no_threads).carve(config, nullptr);
+         StreamedExperts(config, scalar_kernels(), no_threads, nullptr).carve(config, nullptr);
 }
 
 size_t StreamedExperts::weight_bytes_needed(const EngineConfig& config) {
@@ -81,7 +81,7 @@ Status StreamedExperts::find_checksums(const Weights& weights) {
     return Status::argument("checksumOffsets must have one entry a layer and expert");
   }
   for (const size_t offset : offsets) {
-    const uint8_t* sums = weights.resident_at(*config_, offset, config_->neuron_count * 2 * sizeof(uint32_t));
+    const uint8_t* sums = weights.resident().at(offset, config_->neuron_count * 2 * sizeof(uint32_t));
     if (sums == nullptr) return Status::argument("the extents do not hold the bundle checksums");
     checksums_.push_back(sums);
   }

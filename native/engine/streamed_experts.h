@@ -24,6 +24,7 @@
 #include "native/cache/neuron_cache.h"
 #include "native/engine/experts.h"
 #include "native/engine/load.h"
+#include "native/engine/predictor.h"
 #include "native/storage/reader.h"
 
 namespace pi2 {
@@ -45,7 +46,7 @@ class StreamedExperts : public Experts {
  public:
   /** Loads what stays in memory, opens the reader, allocates everything. */
   static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
-                     std::unique_ptr<StreamedExperts>* experts);
+                     Predictor* predictor, std::unique_ptr<StreamedExperts>* experts);
   /** Whether the configuration's plan fits the model. */
   static Status check_plans(const EngineConfig& config);
   ~StreamedExperts() override;
@@ -76,8 +77,8 @@ class StreamedExperts : public Experts {
     uint64_t stall_ns = 0;
   };
 
-  StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool)
-      : config_(&config), kernels_(&kernels), pool_(&pool) {}
+  StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor)
+      : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor) {}
   Status allocate();
   Status load();
   Status find_checksums(const Weights& weights);
@@ -107,6 +108,7 @@ class StreamedExperts : public Experts {
   const EngineConfig* config_;
   const Kernels* kernels_;
   ThreadPool* pool_;
+  Predictor* predictor_;
   std::unique_ptr<Reader> reader_;
   NeuronCache cache_;
   HugeMemory staging_;

@@ -3,34 +3,15 @@
  * The model's weights in memory. Resident tensors keep their form on flash. Bundles are taken apart into one array a matrix,
  * rows of weights and scales without padding: kernels then read each matrix as one stream.
  */
-#include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "native/base/memory.h"
 #include "native/base/status.h"
 #include "native/engine/config.h"
-#include "native/kernels/kernels.h"
+#include "native/engine/matrix.h"
+#include "native/engine/tensor_file.h"
 
 namespace pi2 {
-
-/** A matrix of encoded rows [rows x columns]; no rows if the model has none of it. */
-struct Matrix {
-  const uint8_t* data = nullptr;
-  Encoding encoding = Encoding::kF32;
-  size_t rows = 0;
-  size_t columns = 0;
-
-  bool exists() const { return data != nullptr; }
-  size_t row_bytes() const { return pi2::row_bytes(encoding, columns); }
-  size_t bytes() const { return rows * row_bytes(); }
-  /** Rows from `first` on. */
-  Rows rows_from(size_t first) const {
-    const uint8_t* row = data + first * row_bytes();
-    return {row, row + weight_bytes(encoding, columns), row_bytes()};
-  }
-  const float* floats() const { return reinterpret_cast<const float*>(data); }
-};
 
 /** One FFN: gate [neurons x hidden] (absent if the FFN has two matrices), up [neurons x hidden], down columns likewise. */
 struct ExpertWeights {
@@ -60,23 +41,20 @@ class Weights {
   Matrix output_norm, output_norm_bias;
   Matrix head;  // the embedding, when tied
 
-  /** Memory of `bytes` bytes at `offset` of resident.bin, or null if they were not loaded. */
-  const uint8_t* resident_at(const EngineConfig& config, size_t offset, size_t bytes) const;
+  /** resident.bin, as far as it was loaded. */
+  const TensorFile& resident() const { return resident_; }
 
   /** Bytes that `load` takes for resident.bin, and for all neurons unless they are streamed. */
-  static size_t resident_bytes_needed(const EngineConfig& config);
+  static size_t resident_bytes_needed(const EngineConfig& config) { return TensorFile::bytes_needed(config.extents); }
   static size_t neuron_bytes_needed(const EngineConfig& config);
   size_t bytes() const { return resident_.bytes() + neurons_.bytes(); }
 
  private:
-  Status load_resident(const EngineConfig& config);
   Status load_neurons(const EngineConfig& config);
   Status bind(const EngineConfig& config);
 
-  std::vector<size_t> places_;  // (extent): where it begins in resident_
-  HugeMemory resident_;
+  TensorFile resident_;
   HugeMemory neurons_;
-  std::unordered_map<std::string, Matrix> tensors_;
 };
 
 }  // namespace pi2

@@ -161,6 +161,18 @@ export interface StreamCounters {
   storage: string;
 }
 
+/** What prediction took and did since open; absent without a predictor. */
+export interface PredictorCounters {
+  /** Time spent on scores, summed over threads. */
+  ns: number;
+  weightBytesRead: number;
+  /** Neurons scored, over layers and tokens; those of them that were computed or fetched. */
+  scored: number;
+  chosen: number;
+  /** Neurons on flash that were left out, but would have been computed in memory. */
+  skippedOnFlash: number;
+}
+
 export interface EngineRequest {
   residentPath: string;
   neuronsPath: string;
@@ -247,6 +259,7 @@ export interface EngineCounters {
   kvBytes: number;
   scratchBytes: number;
   stream?: StreamCounters;
+  predictor?: PredictorCounters;
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */

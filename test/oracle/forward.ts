@@ -1,13 +1,6 @@
 import type { Checkpoint } from '../../converter/checkpoint/checkpoint.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
-import {
-  type ExpertWeights,
-  type LayerWeights,
-  loadWeights,
-  type Matrix,
-  type Transform,
-  type Weights,
-} from './load.js';
+import { type ExpertWeights, loadWeights, type Matrix, type Transform, type Weights } from './load.js';
 
 /*
  * The forward pass as the equations have it, one token at a time, nothing skipped, nothing shared with the engine. Sums are
@@ -32,9 +25,9 @@ export class Oracle {
     return new Oracle(checkpoint.model.hyperparameters, await loadWeights(checkpoint, transform));
   }
 
-  /** A new, empty sequence. */
-  sequence(): Sequence {
-    return new Sequence(this.hyperparameters, this.#weights, this.#frequencies);
+  /** A new, empty sequence; with a chooser only chosen neurons are computed. */
+  sequence(chooser?: Chooser): Sequence {
+    return new Sequence(this.hyperparameters, this.#weights, this.#frequencies, chooser);
   }
 
   /** The logits [vocab] after every token of a new sequence. */
@@ -68,6 +61,17 @@ export interface LayerTrace {
   neurons: number[][];
 }
 
+/**
+ * Which neurons of an expert are computed: those for which it returns true. `x` is what the FFN gets, `residual` the stream
+ * that is normed for it.
+ */
+export type Chooser = (
+  layer: number,
+  expert: number,
+  x: Float32Array,
+  residual: Float32Array,
+) => (neuron: number) => boolean;
+
 /** Tokens seen so far: keys and values of every layer, one row a position. */
 export class Sequence {
   /** What each layer did with the last token. */
@@ -77,8 +81,10 @@ export class Sequence {
   readonly #frequencies: Float64Array;
   readonly #keys: Float32Array[][];
   readonly #values: Float32Array[][];
+  readonly #chooser?: Chooser;
 
-  constructor(h: Hyperparameters, weights: Weights, frequencies: Float64Array) {
+  constructor(h: Hyperparameters, weights: Weights, frequencies: Float64Array, chooser?: Chooser) {
+    this.#chooser = chooser;
     this.#h = h;
     this.#weights = weights;
     this.#frequencies = frequencies;
@@ -101,7 +107,7 @@ export class Sequence {
       // x += Attention(Norm(x))
       x = add(x, this.#attention(index, norm(h, x, layer.attention_norm, layer.attention_norm_bias), position));
       // x += FFN(Norm(x))
-      x = add(x, this.#ffn(layer, norm(h, x, layer.ffn_norm, layer.ffn_norm_bias)));
+      x = add(x, this.#ffn(index, norm(h, x, layer.ffn_norm, layer.ffn_norm_bias), x));
     }
     return multiply(w.head, norm(h, x, w.output_norm, w.output_norm_bias));
   }
@@ -147,14 +153,17 @@ export class Sequence {
   }
 
   /** The FFN, or the weighted sum of the chosen experts' FFNs. [hidden] -> [hidden] */
-  #ffn(layer: LayerWeights, x: Float32Array): Float32Array {
+  #ffn(index: number, x: Float32Array, residual: Float32Array): Float32Array {
+    const layer = this.#weights.layers[index];
     const chosen = layer.router
       ? route(multiply(layer.router, x), this.#h.experts?.used_per_token as number)
       : { experts: [0], weights: [1] };
     const trace: LayerTrace = { ...chosen, fired: [], neurons: [] };
     let sum: Float32Array = new Float32Array(x.length);
     for (const [i, expert] of chosen.experts.entries()) {
-      const activations = activate(this.#h, layer.experts[expert], x, layer.up_bias); // [neurons]
+      const isChosen = this.#chooser?.(index, expert, x, residual) ?? (() => true);
+      const activations = activate(this.#h, layer.experts[expert], x, layer.up_bias) // [neurons]
+        .map((activation, neuron) => (isChosen(neuron) ? activation : 0));
       const neurons = [...activations.keys()].filter((neuron) => activations[neuron] !== 0);
       trace.neurons.push(neurons);
       trace.fired.push(neurons.length);

@@ -1,0 +1,148 @@
+#include "native/engine/predictor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "native/base/carver.h"
+#include "native/engine/product.h"
+
+namespace pi2 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/** Hidden units that one thread takes at a time: ranks are small, and every thread should get some. */
+constexpr size_t kUnitChunk = 32;
+
+uint64_t ns_since(Clock::time_point start) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+}
+
+/** Hidden units of the largest predictor, by the shapes that are asked for; `load` checks them. */
+size_t most_rank(const EngineConfig& config) {
+  size_t rank = 0;
+  for (const TensorConfig& tensor : config.predictor.tensors) {
+    if (tensor.name.ends_with(".fc1")) rank = std::max(rank, tensor.rows / config.expert_count);
+  }
+  return rank;
+}
+
+}  // namespace
+
+size_t Predictor::carve(const EngineConfig& config, uint8_t* scratch) {
+  Carver carver(scratch);
+  const size_t rank = most_rank(config);
+  hidden_ = carver.take<float>(config.batch_size * rank);
+  factors_ = carver.take<float>(rank * config.batch_size);
+  units_ = carver.take<uint32_t>(rank);
+  columns_ = carver.take<Column>(rank);
+  scores_ = carver.take<float>(config.threads * config.batch_size * kGroup);
+  times_ = carver.take<ThreadTime>(config.threads);
+  return carver.used();
+}
+
+size_t Predictor::scratch_bytes(const EngineConfig& config) {
+  return config.predictor.enabled() ? Predictor().carve(config, nullptr) : 0;
+}
+
+Status Predictor::load(const EngineConfig& config) {
+  const PredictorConfig& predictor = config.predictor;
+  if (predictor.memory_thresholds.size() != config.layer_count || predictor.flash_thresholds.size() != config.layer_count) {
+    return Status::argument("memoryThresholds and flashThresholds must have one entry a layer");
+  }
+  Status status = file_.load(predictor.path, predictor.extents, predictor.tensors, config.threads, "predictors");
+  if (!status.is_ok()) return status;
+  TensorTaker taker(file_);
+  for (size_t i = 0; i < config.layer_count; i++) {
+    const std::string prefix = "layers." + std::to_string(i) + ".predictor.";
+    const Matrix* fc1 = file_.find(prefix + "fc1");
+    if (fc1 == nullptr || fc1->rows == 0 || fc1->rows % config.expert_count != 0) {
+      return Status::argument(prefix + "fc1: missing, or not of the same rank for every expert");
+    }
+    Layer layer;
+    layer.rank = fc1->rows / config.expert_count;
+    taker.take(prefix + "fc1", fc1->rows, config.hidden_size, true, false, &layer.fc1);
+    taker.take(prefix + "fc2", fc1->rows, config.neuron_count, true, false, &layer.fc2);
+    taker.take(prefix + "bias", config.expert_count, config.neuron_count, true, true, &layer.bias);
+    layers_.push_back(layer);
+  }
+  return taker.status();
+}
+
+void Predictor::bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch) {
+  config_ = &config;
+  kernels_ = &kernels;
+  pool_ = &pool;
+  carve(config, scratch);
+}
+
+void Predictor::begin(const ExpertJob& job) {
+  const auto start = Clock::now();
+  const Layer& layer = layers_[job.layer_index];
+  const size_t rank = layer.rank;
+  const size_t first = job.expert_index * rank;
+  const size_t batch = config_->batch_size;
+  pool_->run((rank + kUnitChunk - 1) / kUnitChunk, [&](size_t chunk, size_t) {
+    const size_t unit = chunk * kUnitChunk;
+    multiply_rows(*kernels_, layer.fc1, first + unit, std::min(kUnitChunk, rank - unit), *job.predictor_x, job.tokens,
+                  hidden_ + unit, rank);
+  });
+  active_ = 0;
+  for (size_t unit = 0; unit < rank; unit++) {
+    if (job.tokens == 1) {
+      // Negated, so that what is not a number goes on.
+      if (hidden_[unit] <= 0) continue;
+      const Rows column = layer.fc2.rows_from(first + unit);
+      columns_[active_++] = {column.weights, column.scales, hidden_[unit]};
+      continue;
+    }
+    bool active = false;
+    for (size_t t = 0; t < job.tokens; t++) {
+      const float value = hidden_[t * rank + unit];
+      factors_[unit * batch + t] = value <= 0 ? 0.0f : value;
+      active |= !(value <= 0);
+    }
+    if (active) units_[active_++] = static_cast<uint32_t>(unit);
+  }
+  counters_.weight_bytes_read += rank * layer.fc1.row_bytes() + active_ * layer.fc2.row_bytes();
+  counters_.ns += ns_since(start) * pool_->threads();
+}
+
+const float* Predictor::score(const ExpertJob& job, size_t group, size_t thread) {
+  const auto start = Clock::now();
+  const Layer& layer = layers_[job.layer_index];
+  const size_t batch = config_->batch_size;
+  float* scores = scores_ + thread * batch * kGroup;
+  std::memset(scores, 0, job.tokens * kGroup * sizeof(float));
+  const ColumnList list{layer.fc2.rows_from(job.expert_index * layer.rank), units_, active_, factors_, batch};
+  if (job.tokens == 1) {
+    add_columns_of_group(*kernels_, layer.fc2.encoding, columns_, active_, group, scores);
+  } else {
+    add_columns(*kernels_, layer.fc2.encoding, list, group, job.tokens, scores, kGroup);
+  }
+  const size_t first = group * kGroup;
+  const size_t count = std::min(kGroup, config_->neuron_count - first);
+  const float* bias = layer.bias.floats() + job.expert_index * config_->neuron_count + first;
+  for (size_t t = 0; t < job.tokens; t++) {
+    float* of_token = scores + t * kGroup;
+    kernels_->to_natural_order(layer.fc2.encoding, of_token, 1);
+    for (size_t j = 0; j < count; j++) of_token[j] += bias[j];
+  }
+  times_[thread].ns += ns_since(start);
+  return scores;
+}
+
+void Predictor::count(size_t scored, size_t chosen, size_t skipped_on_flash) {
+  counters_.scored += scored;
+  counters_.chosen += chosen;
+  counters_.skipped_on_flash += skipped_on_flash;
+}
+
+PredictorCounters Predictor::counters() const {
+  PredictorCounters counters = counters_;
+  for (size_t thread = 0; thread < config_->threads; thread++) counters.ns += times_[thread].ns;
+  return counters;
+}
+
+}  // namespace pi2
