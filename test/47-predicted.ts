@@ -1,10 +1,11 @@
 // Predicted mode: neurons that a predictor leaves out are not computed, all others as in exact mode, on every path.
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import t from 'tap';
 import { Checkpoint } from '../converter/checkpoint/checkpoint.js';
 import { loadAddon } from '../src/engine/addon.js';
-import type { EngineCounters, EngineRequest, PredictorRequest } from '../src/engine/contract.js';
+import type { EngineCounters, EngineRequest, PredictorRequest, StreamRequest } from '../src/engine/contract.js';
 import { Engine } from '../src/engine/engine.js';
 import type { QuantizationName } from '../src/format/manifest.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
@@ -16,7 +17,7 @@ import { type RandomPredictorOptions, randomPredictor, scoreFunction } from './s
 
 const addon = loadAddon();
 const scratch = t.testdir();
-const TOKENS = Array.from({ length: 40 }, (_, i) => (i * 41 + 7) % MODEL_VOCABULARY);
+const TOKENS = Array.from({ length: 24 }, (_, i) => (i * 41 + 7) % MODEL_VOCABULARY);
 
 const MODELS: [CheckpointOptions, QuantizationName, RandomPredictorOptions][] = [
   [{ family: 'bamboo', hidden: 160, heads: 5, neurons: 700 }, 'f16', { encoding: 'f16', input: 'residual' }],
@@ -113,6 +114,106 @@ t.test('in memory: what is left out is left out, everything else is exact, bit f
       (await run(open(half))).counters.neuronsFired < predicted.counters.neuronsFired,
       `${name}: from the middle on`,
     );
+  }
+});
+
+/** Any plan of memory for whole neurons, any way to read. */
+function anyStream(request: EngineRequest): fc.Arbitrary<Partial<EngineRequest>> {
+  const n = request.neuronCount;
+  const banks = request.expertOffsets.length;
+  const counts = fc.array(fc.oneof(fc.constantFrom(0, 1, n), fc.nat(n)), { minLength: banks, maxLength: banks });
+  return fc
+    .record({
+      hotNeurons: counts,
+      coldSlots: counts,
+      stagingBytes: fc.constantFrom(0, 40_000, 1 << 20),
+      mode: fc.constantFrom('direct' as const, 'buffered' as const),
+      backend: fc.constantFrom('threads' as const, 'uring' as const),
+      lanes: fc.integer({ min: 1, max: 5 }),
+      threads: fc.integer({ min: 1, max: 3 }),
+      trial: fc.record({ delayUs: fc.constantFrom(0, 0, 0, 30) }),
+      twoPhase: fc.boolean(),
+      bundles: fc.boolean(),
+      pipeline: fc.boolean(),
+    })
+    .map(({ threads, ...stream }) => ({
+      threads,
+      stream: { ...stream, residentGates: new Array<number>(banks).fill(0) },
+    }));
+}
+
+t.test('streamed: with one threshold for memory and flash it is the resident result, bit for bit', async (t) => {
+  for (const i of MODELS.keys()) {
+    const { request, predictor } = await make(i);
+    const exact = await run(request);
+    const predicted = await run({ ...request, predictor });
+    const all = withThresholds(predictor, Number.NEGATIVE_INFINITY);
+    const property = fc.asyncProperty(anyStream(request), fc.constantFrom(1, 1, 9, 24), async (changes, piece) => {
+      const streamed = { ...request, ...changes };
+      t.ok(sameBits(await run({ ...streamed, predictor }, piece), predicted), 'predicted');
+      t.ok(sameBits(await run({ ...streamed, predictor: all }, piece), exact), 'with all neurons chosen');
+      t.ok(sameBits(await run({ ...streamed, predictor }, piece, true), exact), 'exact steps');
+    });
+    const { failed, counterexample, errorInstance } = await fc.check(property, { numRuns: 4 });
+    t.notOk(failed, `${MODELS[i][0].family}: ${JSON.stringify(counterexample)} ${errorInstance}`);
+  }
+});
+
+t.test('streamed: what is left out on flash depends on what is in memory, never on threads or time', async (t) => {
+  for (const i of MODELS.keys()) {
+    const { request, predictor } = await make(i);
+    const higher = withThresholds(predictor, -0.5, 0.5);
+    const property = fc.asyncProperty(anyStream(request), anyStream(request), async (first, second) => {
+      const a = await run({ ...request, ...first, predictor: higher }, 1);
+      const b = await run(
+        { ...request, ...second, stream: { ...second.stream!, ...shapeOf(first) }, predictor: higher },
+        1,
+      );
+      t.ok(sameBits(a, b), 'same plan, same bits');
+      const { stream, predictor: guesses } = a.counters;
+      const { hotHits = 0, coldHits = 0, misses = 0 } = stream ?? {};
+      t.equal(guesses?.chosen, hotHits + coldHits + misses, 'every chosen neuron is found or missing');
+    });
+    const { failed, counterexample, errorInstance } = await fc.check(property, { numRuns: 3 });
+    t.notOk(failed, `${MODELS[i][0].family}: ${JSON.stringify(counterexample)} ${errorInstance}`);
+  }
+});
+
+/** What decides which neurons are in memory: rounds are as long as staging is large. */
+function shapeOf({ stream }: Partial<EngineRequest>) {
+  const { hotNeurons, coldSlots, stagingBytes, twoPhase, bundles, pipeline } = stream as StreamRequest;
+  return { hotNeurons, coldSlots, stagingBytes, twoPhase, bundles, pipeline };
+}
+
+t.test('streamed: a read that fails or ends early in either phase: words, and the next step is right', async (t) => {
+  const { request, predictor } = await make(0);
+  const banks = request.expertOffsets.length;
+  const fill = (count: number) => new Array<number>(banks).fill(count);
+  const stream = { residentGates: fill(0), hotNeurons: fill(50), coldSlots: fill(60), stagingBytes: 0 } as const;
+  const expected = await run({ ...request, predictor });
+  for (let number = 1; number < 400; number = number * 2 + 1) {
+    for (const kind of ['failRead', 'shortRead']) {
+      for (const backend of ['uring', 'threads'] as const) {
+        const trial = { [kind]: number };
+        const how = { ...stream, mode: 'direct', backend, lanes: 2, trial } as const;
+        const engine = await addon.openEngine({ ...request, predictor, stream: how });
+        let failures = 0;
+        const logits = new Float32Array(TOKENS.length * request.vocabSize);
+        for (let position = 0; position < TOKENS.length; ) {
+          const row = logits.subarray(position * request.vocabSize, (position + 1) * request.vocabSize);
+          try {
+            await engine.step({ tokens: Int32Array.of(TOKENS[position]), position, logits: row, all: false });
+            position++;
+          } catch (error) {
+            failures++;
+            t.match(error, { code: 'NATIVE_IO', message: /neurons\.bin/ });
+          }
+        }
+        await engine.close();
+        t.equal(failures, 1, `${backend}: ${kind} ${number} fails one step`);
+        t.ok(sameBits({ logits, counters: expected.counters }, expected), 'the others are right');
+      }
+    }
   }
 });
 

@@ -367,7 +367,10 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
       reads: 3 * tokens,
       askedBytes: 100 * tokens,
       readBytes: 200 * tokens,
-      stallNs: 4e6 * tokens,
+      usedBytes: 0,
+      sparedBytes: 0,
+      gateStallNs: 1e6 * tokens,
+      rowStallNs: 3e6 * tokens,
       storage: 'direct, io_uring',
     },
   });

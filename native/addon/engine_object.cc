@@ -153,7 +153,10 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
       set_in(stream, "reads", s.reads);
       set_in(stream, "askedBytes", s.asked_bytes);
       set_in(stream, "readBytes", s.read_bytes);
-      set_in(stream, "stallNs", s.stall_ns);
+      set_in(stream, "usedBytes", s.used_bytes);
+      set_in(stream, "sparedBytes", s.spared_bytes);
+      set_in(stream, "gateStallNs", s.gate_stall_ns);
+      set_in(stream, "rowStallNs", s.row_stall_ns);
       stream.Set("storage", Napi::String::New(env, streamed->storage()));
       object.Set("stream", stream);
     }
@@ -255,6 +258,10 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (backend != "threads" && backend != "uring") fields.fail("backend must be threads or uring");
   if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
   if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
+  const auto flag = [&](const char* name, bool fallback) { return fields.has(name) ? fields.boolean(name) : fallback; };
+  stream->two_phase = flag("twoPhase", true);
+  stream->bundles = flag("bundles", true);
+  stream->pipeline = flag("pipeline", true);
   if (fields.has("checksumOffsets")) {
     for (const double offset : fields.numbers("checksumOffsets")) {
       if (!(offset >= 0 && offset <= kLargest)) fields.fail("checksumOffsets must be sizes");

@@ -1,18 +1,12 @@
 #include "native/base/thread_pool.h"
 
+#include "native/base/pause.h"
+
 namespace pi2 {
 namespace {
 
 /** About 50 us of pauses before a worker sleeps: longer than any serial part of a step. */
 constexpr int kSpins = 2000;
-
-inline void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 constexpr uint32_t region_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 constexpr uint32_t unclaimed_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }

@@ -65,6 +65,8 @@ class NeuronCache {
   void begin_tick(size_t bank) { banks_[bank].tick++; }
   /** The neuron is used in this tick. */
   void touch(size_t bank, size_t neuron);
+  /** Whether the bank has a slot that was never given out. */
+  bool has_free_slot(size_t bank) const { return banks_[bank].free_from < banks_[bank].plan.cold_slots; }
   /** A slot for a neuron that is being read, or kNoSlot if it is not worth one. */
   int32_t admit(size_t bank, size_t neuron);
   uint8_t* slot(size_t bank, int32_t slot) const { return banks_[bank].cold + static_cast<size_t>(slot) * slot_bytes_; }

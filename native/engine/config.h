@@ -44,6 +44,11 @@ struct StreamConfig {
   size_t lanes = 0;
   /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are; empty: reads are not compared. */
   std::vector<size_t> checksum_offsets;
+  /** Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). */
+  bool two_phase = true;
+  /** False takes a step away, to be measured: rows of a neuron side by side; computing while reads are on their way. */
+  bool bundles = true;
+  bool pipeline = true;
   ReaderTrial trial;
 
   bool enabled() const { return !banks.empty(); }

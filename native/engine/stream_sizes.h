@@ -23,19 +23,37 @@ inline constexpr size_t kTailBytes = 64;
 inline size_t page_down(size_t offset) { return offset / kPageBytes * kPageBytes; }
 inline size_t page_up(size_t offset) { return (offset + kPageBytes - 1) / kPageBytes * kPageBytes; }
 
-/** Bytes of the rows that a slot keeps: up (if there is a gate) and down. */
+/** Whether slots keep gates too: with a predictor nobody wants the gates of all neurons. */
+inline bool keeps_gates(const EngineConfig& config) { return config.predictor.enabled(); }
+
+/** Bytes of the rows that a slot keeps: (gate,) up (if there is a gate) and down. */
 inline size_t slot_bytes(const EngineConfig& config) {
-  return (config.layout.matrices - 1) * row_bytes(config.ffn_encoding, config.hidden_size);
+  const size_t rows = config.layout.matrices - (keeps_gates(config) ? 0 : 1);
+  return rows * row_bytes(config.ffn_encoding, config.hidden_size);
 }
 
-/** Most bytes of staging that one chunk can need: all units that it touches. */
+/** Whether parts 1 and 2 of a bundle lie on pages of their own, so that one can be read without the other. */
+inline bool has_two_phases(const EngineConfig& config) {
+  return config.stream.two_phase && config.layout.part2_offset % kPageBytes == 0;
+}
+
+/**
+ * Most bytes of staging that one chunk can need: all units that it touches, some of them twice where a read ends between two
+ * neurons that share pages; without bundles each row has pages of its own.
+ */
 inline size_t chunk_flash_bytes(const EngineConfig& config) {
-  return (kNeuronChunk / config.layout.neurons_per_unit + 2) * page_up(config.layout.unit_bytes);
+  const size_t unit = page_up(config.layout.unit_bytes);
+  const size_t units = kNeuronChunk / config.layout.neurons_per_unit + 2;
+  const size_t merged = (units + units * unit / kMostReadBytes + 1) * unit;
+  // Pages between two parts 1 are parts 2: a phase that reads them along may ask for as much as both.
+  const size_t phases = has_two_phases(config) ? 2 : 1;
+  const size_t row = page_up(config.layout.part2_bytes) + kPageBytes;
+  return phases * merged + (config.stream.bundles ? 0 : kNeuronChunk * config.layout.matrices * row);
 }
 
-/** Most reads of one chunk. */
+/** Most reads of one chunk, both phases. */
 inline size_t chunk_reads(const EngineConfig& config) {
-  return kNeuronChunk + chunk_flash_bytes(config) / kMostReadBytes + 1;
+  return 3 * kNeuronChunk + chunk_flash_bytes(config) / kMostReadBytes + 1;
 }
 
 /** Bytes and most reads of one of the two halves of staging memory. */

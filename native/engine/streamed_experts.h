@@ -1,22 +1,28 @@
 #pragma once
 /**
- * Experts whose neurons do not all fit in memory, exact: bit for bit the result of ResidentExperts.
+ * Experts whose neurons do not all fit in memory. Without a predictor the result is, bit for bit, that of ResidentExperts.
  *
  * One job (one expert of one layer, some tokens):
  *
- *   gates    products of all resident gates; a neuron whose gate fires is open
- *   rounds   chunks in order, as many as half of the staging memory can take:
- *     plan     for each chunk, which open neurons are in memory and what must be read; reads of near pages are one read
- *     submit   the reads of this round, while the round before is still computed
- *     compute  parts in parallel, chunks of a part in order: first what is in memory, then each missing neuron as it lands
- *              (up, activation), then down columns in order. A missing neuron worth keeping is copied into a slot.
+ *   find     in parallel: which neurons are wanted. With their gates in memory: those whose gate fires. With a predictor:
+ *            those that it chooses. Else: all of them. Each wanted neuron is an entry of its chunk.
+ *   rounds   chunks in order, as many as half of the staging memory can take; while one is computed, the first reads of the
+ *            next are under way
+ *     plan     what must be read of each entry; near pages become one read
+ *     resident stage  entries in memory: gate, up, activation
+ *     gate stage      entries on flash whose gate came (phase 1): gate; for those that fire the rows are read (phase 2)
+ *     row stage       rows as they land: up, activation; then the down columns of the part in order
  *   sum      parts in order
  *
- * A chunk whose gates are not resident is read whole, in sequence: there is no knowing what to leave out. A batch of tokens
- * goes the same way with more open neurons, so that its reads melt into long ones.
+ * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
+ * of the round (paper section 1.7). The files streamed_find.cc,
+ * streamed_plan.cc and streamed_stages.cc hold them.
+ *
+ * A whole chunk without gates in memory is read in sequence. A batch of tokens goes the same way with more entries.
  *
  * Threads: planning and the cache's bookkeeping happen on the caller's thread, between regions.
  */
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -35,16 +41,22 @@ struct StreamCounters {
   uint64_t cold_hits = 0;
   uint64_t misses = 0;
   uint64_t reads = 0;
-  /** Of the neurons that were needed, without the pages around them. */
+  /** Of the parts of neurons that were asked for; of the pages read for them; of the neurons among them that fired. */
   uint64_t asked_bytes = 0;
   uint64_t read_bytes = 0;
-  /** Time that computing threads waited for reads, summed over threads. */
-  uint64_t stall_ns = 0;
+  uint64_t used_bytes = 0;
+  /** Rows that were not read since the gate, read before them, did not fire. */
+  uint64_t spared_bytes = 0;
+  /** Time that computing threads waited for reads of gates, and of rows, summed over threads. */
+  uint64_t gate_stall_ns = 0;
+  uint64_t row_stall_ns = 0;
+
+  void add(const StreamCounters& other);
 };
 
 class StreamedExperts : public Experts {
  public:
-  /** Loads what stays in memory, opens the reader, allocates everything. */
+  /** Loads what stays in memory, opens the reader, allocates everything. `predictor` may be null. */
   static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                      Predictor* predictor, std::unique_ptr<StreamedExperts>* experts);
   /** Whether the configuration's plan fits the model. */
@@ -62,19 +74,38 @@ class StreamedExperts : public Experts {
   static size_t scratch_bytes_needed(const EngineConfig& config);
 
  private:
-  /** Some chunks whose reads fit half of the staging memory. */
-  struct Round {
-    size_t first_chunk = 0;
-    size_t end_chunk = 0;
+  /** What decides which neurons of a chunk are entries. */
+  enum class ChunkKind : uint8_t { kGates, kPredicted, kWhole };
+  /** Where an entry is: in memory; on its way; on flash, but its gate did not fire. */
+  enum EntryState : uint8_t { kResident, kMissing, kDropped };
+  /** Reads that are submitted together, and the memory they go to, one behind another. */
+  struct ReadList {
     ReadRequest* reads = nullptr;
-    size_t read_count = 0;
+    size_t count = 0;
     uint8_t* staging = nullptr;
     size_t staged_bytes = 0;
   };
-  /** On a cache line of its own, so that threads do not share one. */
+  /**
+   * Some chunks whose reads fit half of the staging memory. Room for second phases is kept at the end of requests and
+   * staging: later_[chunk] has it.
+   */
+  struct Round {
+    size_t first_chunk = 0;
+    size_t end_chunk = 0;
+    ReadList first_phase;
+    size_t later_count = 0;
+    size_t later_bytes = 0;
+  };
+  /** On cache lines of its own, so that threads do not share one. */
   struct alignas(64) ThreadCounters {
+    StreamCounters stream;
     uint64_t fired = 0;
-    uint64_t stall_ns = 0;
+    uint64_t rows = 0;  // multiplied or added
+    uint64_t chosen = 0;
+    uint64_t skipped_on_flash = 0;
+  };
+  struct alignas(64) Progress {
+    std::atomic<uint32_t> stages{0};
   };
 
   StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor)
@@ -84,26 +115,47 @@ class StreamedExperts : public Experts {
   Status find_checksums(const Weights& weights);
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
-  void find_open(const ExpertJob& job, size_t bank);
-  void open_all(size_t chunk, size_t count);
+  void find(const ExpertJob& job, size_t bank);
+  void find_open(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
+  void find_chosen(const ExpertJob& job, size_t bank, size_t chunk, const float* scores, size_t thread);
+  void find_all(size_t bank, size_t chunk, size_t thread);
+  void add_entry(size_t bank, size_t neuron, size_t entry, size_t thread);
+
   bool plan_round(size_t bank, size_t first_chunk, Round* round);
-  void plan_open_chunk(size_t bank, size_t chunk, Round* round);
-  void plan_whole_chunk(size_t bank, size_t chunk, Round* round);
-  const uint8_t* add_read(size_t begin, size_t end, Round* round);
-  void compute_round(const ExpertJob& job, size_t bank, const Round& round);
-  void compute_part(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
-  bool wait_for(const Round& round, size_t read, size_t thread);
-  bool is_sound(size_t bank, size_t neuron, size_t part, const uint8_t* bytes);
-  bool land_chunk(const ExpertJob& job, size_t bank, const Round& round, size_t chunk, size_t thread);
-  void keep_firing(const ExpertJob& job, size_t chunk, size_t thread);
-  void activate_entries(const ExpertJob& job, size_t chunk, bool landed, size_t thread);
-  void add_token(size_t chunk, size_t part, size_t thread);
-  void add_tokens(const ExpertJob& job, size_t bank, const Round& round, size_t chunk, size_t part, size_t thread);
+  void plan_chunk(size_t bank, size_t chunk, Round* round);
+  void plan_rows(size_t bank, size_t entry, ReadList* list, size_t first_read);
+  void keep_room(size_t bank, size_t chunk, Round* round);
+  ReadRequest& add_range(size_t begin, size_t end, ReadList* list, size_t first_read);
+  void submit_rows(size_t bank, size_t chunk, size_t thread);
   void settle_round(size_t bank, const Round& round, bool failed);
+  void keep_fired(size_t bank, size_t chunk);
+
+  void compute_round(const ExpertJob& job, size_t bank, const Round& round);
+  void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
+  void gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
+  void row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
+  void multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
+  bool land_gates(size_t bank, size_t chunk, size_t thread);
+  bool land_rows(size_t bank, size_t chunk, size_t* landed, size_t thread);
+  void unpack_rows(size_t entry, uint8_t* gate, uint8_t* rows);
+  void activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  void add_token(const Column* columns, size_t count, size_t part);
+  void add_tokens(const ExpertJob& job, size_t chunk, size_t part, size_t thread);
+  bool wait_for(ReadRequest& request, uint64_t* stall_ns);
+  void wait_everything(const Round& round);
+  bool is_sound(size_t bank, size_t entry, size_t part);
   void add_parts(const ExpertJob& job);
+  void collect_counters(const ExpertJob& job);
 
   size_t chunks() const { return chunk_total(config_->neuron_count); }
-  bool is_whole(size_t bank, size_t chunk) const { return chunk * kNeuronChunk >= cache_.plan(bank).resident_gates; }
+  /** Bytes that a missing entry of the chunk asks flash for, if it fires. */
+  size_t missing_bytes(size_t chunk) const {
+    return config_->layout.part2_bytes + (kinds_[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
+  }
+  /** One behind the last entry of a chunk. */
+  size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count_[chunk]; }
+  size_t mask_words() const { return (config_->batch_size + 63) / 64; }
 
   const EngineConfig* config_;
   const Kernels* kernels_;
@@ -117,24 +169,34 @@ class StreamedExperts : public Experts {
   std::unique_ptr<ReadRequest[]> requests_;  // two halves
   size_t half_requests_ = 0;
   size_t row_bytes_ = 0;
+  size_t weight_bytes_ = 0;  // of a row, without its scales
+  bool two_phases_ = false;
 
-  // Entries: open neurons of a chunk, at chunk * kNeuronChunk + k. (neurons) each.
-  uint32_t* open_ = nullptr;          // the neuron
-  const uint8_t** part1_ = nullptr;   // its gate and scales, in memory or staging
-  const uint8_t** staged_ = nullptr;  // its part 2 in staging, if it is read
-  const uint8_t** rows_ = nullptr;    // its up and down rows; null until it has landed
-  uint32_t* read_of_ = nullptr;       // last read it waits for
-  int32_t* slot_ = nullptr;           // slot it will be kept in
-  float* gates_ = nullptr;            // one token: product of its gate
-  uint32_t* open_count_ = nullptr;    // (chunk)
-  float* factors_ = nullptr;          // (neuron of a chunk, batch) a thread: products of gates, then factors
-  float* batch_gates_ = nullptr;      // (neuron, batch): gates of several tokens
-  float* ups_ = nullptr;              // (thread, batch, chunk)
-  uint8_t* landing_ = nullptr;        // (thread, neuron of a chunk): rows of neurons that get no slot
-  uint8_t* compact_ = nullptr;        // (thread, 2, neuron of a chunk): up and down rows one behind another
-  Column* columns_ = nullptr;         // (thread, neuron of a chunk)
-  float* part_sums_ = nullptr;        // (part, batch, padded hidden)
+  // Entries: wanted neurons of a chunk, at chunk * kNeuronChunk + k. (neurons) each.
+  uint32_t* open_ = nullptr;             // the neuron
+  uint8_t* state_ = nullptr;             // EntryState
+  const uint8_t** part1_ = nullptr;      // its gate, and the scales of its rows if they are on flash
+  const uint8_t** staged_up_ = nullptr;  // weights of its rows in staging, if they are read
+  const uint8_t** staged_down_ = nullptr;
+  const uint8_t** rows_ = nullptr;     // its up and down rows; null until they have landed
+  ReadRequest** gate_read_ = nullptr;  // reads that it waits for
+  ReadRequest** up_read_ = nullptr;
+  ReadRequest** down_read_ = nullptr;
+  int32_t* slot_ = nullptr;         // slot it will be kept in
+  float* gates_ = nullptr;          // one token: product of its gate, then what it adds of its column
+  uint64_t* masks_ = nullptr;       // (mask words): bit t is set if token t wants it
+  uint32_t* open_count_ = nullptr;  // (chunk)
+  ChunkKind* kinds_ = nullptr;      // (chunk)
+  ReadList* later_ = nullptr;       // (chunk): reads of its second phase
+  float* factors_ = nullptr;        // (neuron of a chunk, batch) a thread: products of gates, then factors
+  float* batch_gates_ = nullptr;    // (neuron, batch): gates of several tokens
+  float* ups_ = nullptr;            // (thread, batch, chunk)
+  uint8_t* landing_ = nullptr;      // (thread, neuron of a chunk): rows of neurons that get no slot
+  uint8_t* compact_ = nullptr;      // (thread, 2, neuron of a chunk): rows one behind another
+  Column* columns_ = nullptr;       // (thread, neuron of a part)
+  float* part_sums_ = nullptr;      // (part, batch, padded hidden)
   std::unique_ptr<ThreadCounters[]> thread_counters_;
+  std::unique_ptr<Progress[]> progress_;  // (part)
   FirstFailure* failure_ = nullptr;
   StreamCounters stream_counters_;
 };

@@ -5,6 +5,7 @@
 namespace pi2 {
 
 void FaultyReader::submit(ReadRequest* requests, size_t count) {
+  const std::lock_guard<std::mutex> lock(lock_);
   size_t passed = 0;
   for (size_t i = 0; i < count; i++) {
     submitted_++;

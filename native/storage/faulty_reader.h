@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "native/storage/reader.h"
@@ -20,6 +21,7 @@ class FaultyReader : public Reader {
   const std::unique_ptr<Reader> inner_;
   const size_t fail_read_;
   const size_t short_read_;
+  std::mutex lock_;
   size_t submitted_ = 0;
 };
 

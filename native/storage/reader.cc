@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "native/base/memory.h"
+#include "native/base/pause.h"
 #include "native/storage/faulty_reader.h"
 #include "native/storage/slow_reader.h"
 #include "native/storage/threads_reader.h"
@@ -59,9 +60,7 @@ uint32_t read_rest(int descriptor, bool direct, const ReadRequest& request, size
 Status wait_notified(ReadRequest& request, const std::string& path) {
   uint32_t state = request.state.load(std::memory_order_acquire);
   for (int spin = 0; state == ReadRequest::kPending && spin < kSpins; spin++) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
+    pause_cpu();
     state = request.state.load(std::memory_order_acquire);
   }
   while (state == ReadRequest::kPending) {

@@ -35,7 +35,7 @@ class Reader {
  public:
   virtual ~Reader() = default;
 
-  /** Starts `count` reads and returns at once. One submitting thread. */
+  /** Starts `count` reads and returns without waiting for them; any thread. */
   virtual void submit(ReadRequest* requests, size_t count) = 0;
 
   /** Waits until a request is done; any thread. A failed read is said in words, with the file's name. */

@@ -10,11 +10,17 @@
 #include <cerrno>
 #include <cstring>
 
+#include "native/base/pause.h"
+
 namespace pi2 {
 namespace {
 
 /** Most reads under way at once. */
 constexpr uint32_t kEntries = 256;
+/** A wait looks this often, some 200 us, before it sleeps with the lock held: flash answers sooner. */
+constexpr int kLooks = 1000;
+/** Pauses between two looks. */
+constexpr int kPauses = 8;
 
 /** The kernel shares these words with us: what it writes is read with acquire, what we write is written with release. */
 uint32_t load_acquire(const uint32_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -132,6 +138,14 @@ void UringReader::finish(ReadRequest& request, int32_t result) {
 }
 
 Status UringReader::wait(ReadRequest& request) {
+  for (int look = 0; look < kLooks; look++) {
+    if (request.state.load(std::memory_order_acquire) != ReadRequest::kPending) break;
+    if (lock_.try_lock()) {
+      reap();
+      lock_.unlock();
+    }
+    for (int i = 0; i < kPauses; i++) pause_cpu();
+  }
   while (request.state.load(std::memory_order_acquire) == ReadRequest::kPending) {
     const std::lock_guard<std::mutex> lock(lock_);
     if (request.state.load(std::memory_order_acquire) != ReadRequest::kPending) break;

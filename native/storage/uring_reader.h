@@ -10,7 +10,7 @@ namespace pi2 {
 
 /**
  * io_uring by raw system calls: half the CPU time a read of the thread pool costs. Whoever waits reaps for everybody, under
- * a lock; the submitting thread never waits for a slot of the ring, which is larger than what is ever under way.
+ * a lock that is free between two looks: others submit meanwhile. Who has looked for long sleeps in the kernel.
  */
 class UringReader : public Reader {
  public:

@@ -100,7 +100,8 @@ export interface NativeExtent {
 /**
  * How neurons are kept when not all of them are in memory; docs/ARCHITECTURE.md. Three numbers for each bank (layer and
  * expert, layer-major): neurons whose gates stay in memory (a multiple of 128, or all), neurons whose up and down stay (the
- * hottest, at most resident gates), and slots for others that come and go.
+ * hottest, at most resident gates), and slots for others that come and go. With a predictor gates are kept with their rows:
+ * `residentGates` is 0, hot neurons and slots are of whole neurons.
  */
 export interface StreamRequest {
   residentGates: number[];
@@ -117,6 +118,11 @@ export interface StreamRequest {
    * flash are not compared. A wrong one fails the step with `NATIVE_CHECKSUM`, naming layer and neuron.
    */
   checksumOffsets?: number[];
+  /** Whether the gate of a missing neuron is read first, and its rows only if it fires. Default: yes. */
+  twoPhase?: boolean;
+  /** To measure what a step brings, it is taken away: neurons read as bundles, computing while reads are on their way. */
+  bundles?: boolean;
+  pipeline?: boolean;
   /** Trouble that tests ask for. Reads are numbered from 1; that one fails with EIO, or ends early; every read takes a delay. */
   trial?: { failRead?: number; shortRead?: number; delayUs?: number };
 }
@@ -155,8 +161,13 @@ export interface StreamCounters {
   /** Bytes of the neurons that were missing; bytes of the pages that were read for them. */
   askedBytes: number;
   readBytes: number;
-  /** Time that computing threads waited for reads, summed over threads. */
-  stallNs: number;
+  /** Of the asked bytes, those of neurons that fired. */
+  usedBytes: number;
+  /** Rows that were not read because their gate, read before them, did not fire. */
+  sparedBytes: number;
+  /** Time that computing threads waited for reads of gates and of rows, summed over threads. */
+  gateStallNs: number;
+  rowStallNs: number;
   /** How bytes are really read, e.g. `direct, 4 threads`. */
   storage: string;
 }

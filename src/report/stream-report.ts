@@ -33,7 +33,7 @@ export function streamReport(
   const since = (name: Exclude<keyof StreamCounters, 'storage'>) => end[name] - start[name];
   const needed = since('hotHits') + since('coldHits') + since('misses');
   const share = (count: number) => (needed > 0 ? count / needed : null);
-  const stallMs = since('stallNs') / 1e6;
+  const stallMs = (since('gateStallNs') + since('rowStallNs')) / 1e6;
   return {
     hot_hit_share: share(since('hotHits')),
     cold_hit_share: share(since('coldHits')),

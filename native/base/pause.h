@@ -1,0 +1,14 @@
+#pragma once
+
+namespace pi2 {
+
+/** Tells the CPU that this thread spins. */
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace pi2

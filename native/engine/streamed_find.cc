@@ -1,0 +1,116 @@
+/** StreamedExperts: which neurons of a bank some tokens want. */
+#include <cstring>
+
+#include "native/engine/product.h"
+#include "native/engine/stream_sizes.h"
+#include "native/engine/streamed_experts.h"
+
+namespace pi2 {
+
+void StreamedExperts::find(const ExpertJob& job, size_t bank) {
+  if (job.predictor_x != nullptr) {
+    predictor_->begin(job);
+    pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
+      const float* scores = predictor_->score(job, group, thread);
+      const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
+      for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
+        kinds_[chunk] = ChunkKind::kPredicted;
+        find_chosen(job, bank, chunk, scores + chunk % kChunksPerGroup * kNeuronChunk, thread);
+      }
+    });
+    return;
+  }
+  pool_->run(chunks(), [&](size_t chunk, size_t thread) {
+    const bool has_gates = chunk * kNeuronChunk < cache_.plan(bank).resident_gates;
+    kinds_[chunk] = has_gates ? ChunkKind::kGates : ChunkKind::kWhole;
+    if (has_gates) {
+      find_open(job, bank, chunk, thread);
+    } else {
+      find_all(bank, chunk, thread);
+    }
+  });
+}
+
+void StreamedExperts::add_entry(size_t bank, size_t neuron, size_t entry, size_t thread) {
+  StreamCounters& counters = thread_counters_[thread].stream;
+  const uint8_t* kept = cache_.rows(bank, neuron);
+  const bool with_gate = keeps_gates(*config_);
+  open_[entry] = static_cast<uint32_t>(neuron);
+  slot_[entry] = NeuronCache::kNoSlot;
+  state_[entry] = kept != nullptr ? kResident : kMissing;
+  part1_[entry] = with_gate ? kept : cache_.part1(bank, neuron);
+  rows_[entry] = kept != nullptr && with_gate ? kept + row_bytes_ : kept;
+  if (kept == nullptr) {
+    counters.misses++;
+  } else {
+    (neuron < cache_.plan(bank).hot_neurons ? counters.hot_hits : counters.cold_hits)++;
+  }
+}
+
+/** Products of resident gates; the neurons that fire for any token. */
+void StreamedExperts::find_open(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
+  const size_t batch = config_->batch_size;
+  const Matrix& bias = job.layer.up_bias;
+  const size_t first = chunk * kNeuronChunk;
+  const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
+  const uint8_t* gate = cache_.part1(bank, first);
+  float* products = ups_ + thread * batch * kNeuronChunk;  // (token, neuron of the chunk)
+  const Rows rows{gate, gate + weight_bytes_, config_->layout.part1_bytes};
+  multiply(*kernels_, config_->ffn_encoding, rows, count, job.x, job.tokens, products, kNeuronChunk);
+  thread_counters_[thread].rows += count;
+  uint32_t open = 0;
+  for (size_t j = 0; j < count; j++) {
+    float* gates = batch_gates_ + (first + j) * batch;
+    bool fires = false;
+    for (size_t t = 0; t < job.tokens; t++) {
+      gates[t] = products[t * kNeuronChunk + j] + (bias.exists() ? bias.floats()[first + j] : 0.0f);
+      fires |= gate_fires(*config_, gates[t]);
+    }
+    if (!fires) continue;
+    const size_t entry = first + open++;
+    add_entry(bank, first + j, entry, thread);
+    gates_[entry] = gates[0];
+    cache_.touch(bank, first + j);
+  }
+  open_count_[chunk] = open;
+}
+
+/** Neurons whose score reaches the threshold of where they are, for any token. */
+void StreamedExperts::find_chosen(const ExpertJob& job, size_t bank, size_t chunk, const float* scores, size_t thread) {
+  const size_t first = chunk * kNeuronChunk;
+  const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
+  ThreadCounters& counters = thread_counters_[thread];
+  uint32_t open = 0;
+  for (size_t j = 0; j < count; j++) {
+    const size_t neuron = first + j;
+    const bool in_memory = cache_.rows(bank, neuron) != nullptr;
+    const float threshold = predictor_->threshold(job.layer_index, neuron, in_memory);
+    const float lower = predictor_->threshold(job.layer_index, neuron, true);
+    const size_t entry = first + open;
+    uint64_t* mask = masks_ + entry * mask_words();
+    size_t chosen = 0;
+    for (size_t t = 0; t < job.tokens; t++) {
+      const float score = scores[t * kGroup + j];
+      const bool reaches = Predictor::reaches(score, threshold);
+      if (t % 64 == 0) mask[t / 64] = 0;
+      mask[t / 64] |= uint64_t{reaches} << t % 64;
+      chosen += reaches;
+      counters.skipped_on_flash += !reaches && Predictor::reaches(score, lower);
+    }
+    if (chosen == 0) continue;
+    counters.chosen += chosen;
+    add_entry(bank, neuron, entry, thread);
+    cache_.touch(bank, neuron);
+    open++;
+  }
+  open_count_[chunk] = open;
+}
+
+void StreamedExperts::find_all(size_t bank, size_t chunk, size_t thread) {
+  const size_t first = chunk * kNeuronChunk;
+  const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
+  for (size_t j = 0; j < count; j++) add_entry(bank, first + j, first + j, thread);
+  open_count_[chunk] = static_cast<uint32_t>(count);
+}
+
+}  // namespace pi2

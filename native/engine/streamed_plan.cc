@@ -1,0 +1,161 @@
+/** StreamedExperts: what a round reads, and what of it stays in memory afterwards. */
+#include <cstring>
+
+#include "native/engine/stream_sizes.h"
+#include "native/engine/streamed_experts.h"
+
+namespace pi2 {
+
+/** Plans chunks from `first_chunk` on and submits their first reads; whether chunks are left after them. */
+bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) {
+  const size_t half = staging_.bytes() / 2;
+  ReadList& list = round->first_phase;
+  round->first_chunk = first_chunk;
+  size_t chunk = first_chunk;
+  for (; chunk < chunks(); chunk++) {
+    const bool fits = list.staged_bytes + round->later_bytes + chunk_flash_bytes(*config_) <= half &&
+                      list.count + round->later_count + chunk_reads(*config_) <= half_requests_;
+    if (!fits && chunk > first_chunk) break;
+    plan_chunk(bank, chunk, round);
+  }
+  round->end_chunk = chunk;
+  if (list.count > 0) reader_->submit(list.reads, list.count);
+  stream_counters_.reads += list.count;
+  stream_counters_.read_bytes += list.staged_bytes;
+  return chunk < chunks();
+}
+
+void StreamedExperts::plan_chunk(size_t bank, size_t chunk, Round* round) {
+  const BundleLayout& layout = config_->layout;
+  const ChunkKind kind = kinds_[chunk];
+  const bool two_phases = kind == ChunkKind::kPredicted && two_phases_;
+  ReadList* list = &round->first_phase;
+  const size_t first_read = list->count;
+  later_[chunk] = {};
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != kMissing) continue;
+    const size_t neuron = open_[entry];
+    if (kind != ChunkKind::kWhole) slot_[entry] = cache_.admit(bank, neuron);
+    if (kind == ChunkKind::kGates) {
+      stream_counters_.asked_bytes += layout.part2_bytes;
+      plan_rows(bank, entry, list, first_read);
+      continue;
+    }
+    const size_t part1 = config_->expert_offsets[bank] + layout.part1_at(neuron);
+    const size_t part2 = config_->expert_offsets[bank] + layout.part2_at(neuron);
+    stream_counters_.asked_bytes += layout.part1_bytes + (two_phases ? 0 : layout.part2_bytes);
+    const bool whole = !two_phases && (config_->stream.bundles || kind == ChunkKind::kWhole);
+    ReadRequest& read = add_range(part1, whole ? part2 + layout.part2_bytes : part1 + layout.part1_bytes, list, first_read);
+    part1_[entry] = read.buffer + (part1 - read.offset);
+    gate_read_[entry] = &read;
+    if (whole) {
+      up_read_[entry] = down_read_[entry] = &read;
+      staged_up_[entry] = read.buffer + (part2 - read.offset);
+      staged_down_[entry] = staged_up_[entry] + (config_->gated ? weight_bytes_ : 0);
+    } else if (!two_phases) {
+      plan_rows(bank, entry, list, first_read);
+    }
+  }
+  if (two_phases) keep_room(bank, chunk, round);
+}
+
+/** Reads of the up row (if there is a gate) and the down row of an entry. */
+void StreamedExperts::plan_rows(size_t bank, size_t entry, ReadList* list, size_t first_read) {
+  const size_t up = config_->expert_offsets[bank] + config_->layout.part2_at(open_[entry]);
+  const size_t down = up + (config_->gated ? weight_bytes_ : 0);
+  const size_t end = up + config_->layout.part2_bytes;
+  const bool apart = !config_->stream.bundles && config_->gated;
+  ReadRequest& of_up = add_range(up, apart ? down : end, list, first_read);
+  staged_up_[entry] = of_up.buffer + (up - of_up.offset);
+  up_read_[entry] = &of_up;
+  ReadRequest& of_down = apart ? add_range(down, end, list, first_read) : of_up;
+  staged_down_[entry] = of_down.buffer + (down - of_down.offset);
+  down_read_[entry] = &of_down;
+}
+
+/**
+ * The read of a list that has the bytes [begin, end): its last one, made longer, or a new one of whole pages. Reads before
+ * `first_read` are left alone. Offsets must not fall. Without bundles every range is read by itself.
+ */
+ReadRequest& StreamedExperts::add_range(size_t begin, size_t end, ReadList* list, size_t first_read) {
+  begin = page_down(begin);
+  end = page_up(end);
+  if (list->count > first_read && config_->stream.bundles) {
+    ReadRequest& last = list->reads[list->count - 1];
+    if (begin <= last.offset + last.bytes + kGapBytes && end - last.offset <= kMostReadBytes) {
+      const size_t bytes = std::max(end, last.offset + last.bytes) - last.offset;
+      list->staged_bytes += bytes - last.bytes;
+      last.bytes = bytes;
+      return last;
+    }
+  }
+  ReadRequest& read = list->reads[list->count++];
+  read.offset = begin;
+  read.bytes = end - begin;
+  read.buffer = list->staging + list->staged_bytes;
+  list->staged_bytes += end - begin;
+  return read;
+}
+
+/**
+ * Keeps requests and staging for the rows of a chunk's missing entries: as many as if all of them fired. Those that do are
+ * read in no more bytes and requests than all.
+ */
+void StreamedExperts::keep_room(size_t bank, size_t chunk, Round* round) {
+  ReadList& list = round->first_phase;
+  ReadRequest* const reads_end = list.reads + half_requests_ - round->later_count;
+  uint8_t* const staging_end = list.staging + staging_.bytes() / 2 - round->later_bytes;
+  // Planned at the very end of what is free, only to be measured; then moved to end there.
+  size_t count = 0;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) count += state_[entry] == kMissing;
+  ReadList rows{reads_end - 2 * count, 0, list.staging, 0};
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] == kMissing) plan_rows(bank, entry, &rows, 0);
+  }
+  round->later_count += 2 * count;
+  round->later_bytes += rows.staged_bytes;
+  later_[chunk] = {rows.reads, 0, staging_end - rows.staged_bytes, 0};
+}
+
+/** Second phase: reads the rows of the entries that are still wanted. On any thread. */
+void StreamedExperts::submit_rows(size_t bank, size_t chunk, size_t thread) {
+  StreamCounters& counters = thread_counters_[thread].stream;
+  ReadList& list = later_[chunk];
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != kMissing) continue;
+    counters.asked_bytes += config_->layout.part2_bytes;
+    plan_rows(bank, entry, &list, 0);
+  }
+  if (list.count > 0) reader_->submit(list.reads, list.count);
+  counters.reads += list.count;
+  counters.read_bytes += list.staged_bytes;
+}
+
+/** Neurons whose rows have arrived in their slots are found from now on. */
+void StreamedExperts::settle_round(size_t bank, const Round& round, bool failed) {
+  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) {
+    if (kinds_[chunk] == ChunkKind::kWhole && !failed) keep_fired(bank, chunk);
+    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+      if (slot_[entry] == NeuronCache::kNoSlot || state_[entry] == kResident) continue;
+      if (failed || state_[entry] == kDropped) {
+        cache_.abandon(bank, slot_[entry]);
+      } else {
+        cache_.commit(bank, open_[entry], slot_[entry]);
+      }
+    }
+  }
+}
+
+/** Of a chunk that was read whole, neurons that fired fill slots that nobody has used yet: a prompt warms the cache. */
+void StreamedExperts::keep_fired(size_t bank, size_t chunk) {
+  if (!keeps_gates(*config_)) return;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk) && cache_.has_free_slot(bank); entry++) {
+    if (state_[entry] != kMissing) continue;
+    cache_.touch(bank, open_[entry]);
+    slot_[entry] = cache_.admit(bank, open_[entry]);
+    uint8_t* slot = cache_.slot(bank, slot_[entry]);
+    unpack_rows(entry, slot, slot + row_bytes_);
+  }
+}
+
+}  // namespace pi2

@@ -1,0 +1,358 @@
+/** StreamedExperts: the stages of a round (paper section 1.7). */
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include "native/base/pause.h"
+#include "native/engine/product.h"
+#include "native/engine/stream_sizes.h"
+#include "native/engine/streamed_experts.h"
+
+namespace pi2 {
+namespace {
+
+constexpr size_t kStages = 3;
+/** Looks at another thread's progress before this one gives its core away. */
+constexpr int kSpins = 2000;
+
+}  // namespace
+
+void StreamedExperts::compute_round(const ExpertJob& job, size_t bank, const Round& round) {
+  for (size_t part = 0; part < kParts; part++) progress_[part].stages.store(0, std::memory_order_relaxed);
+  if (config_->stream.pipeline) {
+    // Tasks begin in this order, and none waits for a later one.
+    pool_->run(kStages * kParts,
+               [&](size_t task, size_t thread) { run_stage(job, bank, round, task / kParts, task % kParts, thread); });
+  } else {
+    // One matrix after the other, nothing computed while reads are under way: what the pipeline is measured against.
+    for (size_t stage = 0; stage < kStages; stage++) {
+      const auto start = std::chrono::steady_clock::now();
+      wait_everything(round);
+      const auto waited = std::chrono::steady_clock::now() - start;
+      const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count();
+      (stage == 0 ? stream_counters_.gate_stall_ns : stream_counters_.row_stall_ns) +=
+          static_cast<uint64_t>(ns) * pool_->threads();
+      pool_->run(kParts, [&](size_t part, size_t thread) { run_stage(job, bank, round, stage, part, thread); });
+    }
+  }
+  // Whatever happened, no read may arrive in memory that is used again.
+  wait_everything(round);
+}
+
+void StreamedExperts::wait_everything(const Round& round) {
+  const auto wait = [&](const ReadList& list) {
+    for (size_t i = 0; i < list.count; i++) failure_->meet(reader_->wait(list.reads[i]));
+  };
+  wait(round.first_phase);
+  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) wait(later_[chunk]);
+}
+
+void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part,
+                                size_t thread) {
+  // The part's first chunk of the round.
+  const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
+  std::atomic<uint32_t>& progress = progress_[part].stages;
+  if (stage == 2) {
+    for (int spin = 0; progress.load(std::memory_order_acquire) != 2; spin++) {
+      if (spin < kSpins) {
+        pause_cpu();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    row_stage(job, bank, round, part, thread);
+    return;
+  }
+  for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
+    if (stage == 1) {
+      gate_stage(job, bank, chunk, thread);
+    } else if (job.tokens == 1) {
+      if (kinds_[chunk] != ChunkKind::kGates) multiply_gates(job, chunk, kResident, thread);
+      activate_entries(job, chunk, kResident, thread);
+    }
+  }
+  progress.fetch_add(1, std::memory_order_release);
+}
+
+/** Gates of entries on flash; of all entries, for several tokens. Entries that do not fire are dropped. */
+void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
+  if (kinds_[chunk] == ChunkKind::kGates || !land_gates(bank, chunk, thread)) return;
+  if (job.tokens == 1) {
+    multiply_gates(job, chunk, kMissing, thread);
+  } else {
+    multiply_batch_gates(job, chunk, thread);
+  }
+  const bool two_phases = kinds_[chunk] == ChunkKind::kPredicted && two_phases_;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != kMissing) continue;
+    bool fires = false;
+    if (job.tokens == 1) {
+      fires = gate_fires(*config_, gates_[entry]);
+    } else {
+      const float* gates = batch_gates_ + open_[entry] * config_->batch_size;
+      for (size_t t = 0; t < job.tokens && !fires; t++) fires = gate_fires(*config_, gates[t]);
+    }
+    if (fires) continue;
+    state_[entry] = kDropped;
+    gates_[entry] = 0.0f;
+    if (two_phases) thread_counters_[thread].stream.spared_bytes += config_->layout.part2_bytes;
+  }
+  if (two_phases) submit_rows(bank, chunk, thread);
+}
+
+/** Rows as they land, and the part's down columns, in order. */
+void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread) {
+  const size_t hidden = padded_hidden(*config_);
+  if (round.first_chunk == 0) {
+    std::memset(part_sums_ + part * config_->batch_size * hidden, 0, job.tokens * hidden * sizeof(float));
+  }
+  const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
+  Column* columns = columns_ + thread * part_room(config_->neuron_count);
+  size_t count = 0;
+  size_t landed = 0;  // rows in the thread's landing memory
+  for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
+    size_t to_land = 0;
+    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) to_land += state_[entry] == kMissing;
+    if (landed + to_land > kNeuronChunk) {
+      add_token(columns, count, part);
+      count = landed = 0;
+    }
+    if (!land_rows(bank, chunk, &landed, thread)) return;
+    if (job.tokens > 1) {
+      add_tokens(job, chunk, part, thread);
+      landed = 0;
+      continue;
+    }
+    activate_entries(job, chunk, kMissing, thread);
+    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+      if (gates_[entry] == 0.0f) continue;
+      const uint8_t* down = rows_[entry] + (config_->gated ? row_bytes_ : 0);
+      columns[count++] = {down, down + weight_bytes_, gates_[entry]};
+    }
+  }
+  thread_counters_[thread].rows += count;
+  add_token(columns, count, part);
+}
+
+bool StreamedExperts::wait_for(ReadRequest& request, uint64_t* stall_ns) {
+  if (request.state.load(std::memory_order_acquire) == ReadRequest::kDone) return true;
+  const auto start = std::chrono::steady_clock::now();
+  Status status = reader_->wait(request);
+  const auto waited = std::chrono::steady_clock::now() - start;
+  *stall_ns += static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
+  const bool landed = status.is_ok();
+  failure_->meet(std::move(status));
+  return landed;
+}
+
+/** Whether bytes from flash are those that the converter wrote, as far as that is looked at. */
+bool StreamedExperts::is_sound(size_t bank, size_t entry, size_t part) {
+  if (checksums_.empty()) return true;
+  const size_t neuron = open_[entry];
+  uint32_t expected;
+  std::memcpy(&expected, checksums_[bank] + (2 * neuron + part) * sizeof expected, sizeof expected);
+  uint32_t sum = 0;
+  if (part == 0) {
+    sum = crc32(part1_[entry], config_->layout.part1_bytes, 0);
+  } else {
+    if (config_->gated) sum = crc32(staged_up_[entry], weight_bytes_, 0);
+    sum = crc32(staged_down_[entry], weight_bytes_, sum);
+  }
+  if (sum == expected) return true;
+  const std::string expert =
+      config_->expert_count > 1 ? ", expert " + std::to_string(bank % config_->expert_count) : std::string();
+  failure_->meet(Status::checksum("layer " + std::to_string(bank / config_->expert_count) + expert + ", neuron " +
+                                  std::to_string(neuron) + " of " + config_->neurons_path +
+                                  ": the bytes read from flash do not match their checksum"));
+  return false;
+}
+
+bool StreamedExperts::land_gates(size_t bank, size_t chunk, size_t thread) {
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != kMissing) continue;
+    if (!wait_for(*gate_read_[entry], &thread_counters_[thread].stream.gate_stall_ns)) return false;
+    if (!is_sound(bank, entry, 0)) return false;
+  }
+  return true;
+}
+
+/** One token: raw products of the gates of a chunk's entries, wherever they are, into gates_. */
+void StreamedExperts::multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread) {
+  const uint8_t* rows[kNeuronChunk];
+  uint32_t entries[kNeuronChunk];
+  float products[kNeuronChunk];
+  size_t count = 0;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != state) continue;
+    rows[count] = part1_[entry];
+    entries[count++] = static_cast<uint32_t>(entry);
+  }
+  if (count == 0) return;
+  multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, products);
+  thread_counters_[thread].rows += count;
+  const Matrix& bias = job.layer.up_bias;
+  for (size_t k = 0; k < count; k++) {
+    gates_[entries[k]] = products[k] + (bias.exists() ? bias.floats()[open_[entries[k]]] : 0.0f);
+  }
+}
+
+/** Several tokens: the same for all entries of the chunk. A token that does not want a neuron gets a gate that never fires.
+ */
+void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread) {
+  const size_t first = chunk * kNeuronChunk;
+  const size_t count = open_count_[chunk];
+  const size_t batch = config_->batch_size;
+  uint8_t* rows = compact_ + thread * 2 * kNeuronChunk * row_bytes_;
+  for (size_t k = 0; k < count; k++) std::memcpy(rows + k * row_bytes_, part1_[first + k], row_bytes_);
+  float* products = ups_ + thread * batch * kNeuronChunk;  // (token, entry of the chunk)
+  multiply(*kernels_, config_->ffn_encoding, {rows, rows + weight_bytes_, row_bytes_}, count, job.x, job.tokens, products,
+           kNeuronChunk);
+  thread_counters_[thread].rows += count;
+  const Matrix& bias = job.layer.up_bias;
+  const bool masked = kinds_[chunk] == ChunkKind::kPredicted;
+  for (size_t k = 0; k < count; k++) {
+    const size_t neuron = open_[first + k];
+    const uint64_t* mask = masks_ + (first + k) * mask_words();
+    float* gates = batch_gates_ + neuron * batch;
+    for (size_t t = 0; t < job.tokens; t++) {
+      const bool is_wanted = !masked || (mask[t / 64] >> t % 64 & 1) != 0;
+      const float gate = products[t * kNeuronChunk + k] + (bias.exists() ? bias.floats()[neuron] : 0.0f);
+      gates[t] = is_wanted ? gate : -std::numeric_limits<float>::infinity();
+    }
+  }
+}
+
+/** One token: what a chunk's entries of one state add of their columns, into gates_; 0 if they do not fire. */
+void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread) {
+  const uint8_t* rows[kNeuronChunk];
+  uint32_t entries[kNeuronChunk];
+  float ups[kNeuronChunk];
+  float values[kNeuronChunk];
+  size_t count = 0;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != state) continue;
+    if (!gate_fires(*config_, gates_[entry])) {
+      gates_[entry] = 0.0f;
+      continue;
+    }
+    rows[count] = rows_[entry];
+    values[count] = gates_[entry];
+    entries[count++] = static_cast<uint32_t>(entry);
+  }
+  if (count == 0) return;
+  if (config_->gated) {
+    multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, ups);
+    thread_counters_[thread].rows += count;
+  } else {
+    std::fill_n(ups, count, 1.0f);
+  }
+  activate(*config_, values, ups, count, values);
+  size_t fired = 0;
+  for (size_t k = 0; k < count; k++) {
+    gates_[entries[k]] = job.share(0) * values[k];
+    if (values[k] == 0.0f) continue;
+    fired++;
+    if (job.fired.wanted()) job.fired.mark(0, open_[entries[k]]);
+  }
+  ThreadCounters& counters = thread_counters_[thread];
+  counters.fired += fired;
+  if (state == kMissing) counters.stream.used_bytes += fired * missing_bytes(chunk);
+}
+
+void StreamedExperts::unpack_rows(size_t entry, uint8_t* gate, uint8_t* rows) {
+  const size_t scales = row_bytes_ - weight_bytes_;
+  const uint8_t* next_scales = part1_[entry] + weight_bytes_;
+  if (gate != nullptr) std::memcpy(gate, part1_[entry], row_bytes_);
+  for (const uint8_t* weights : {config_->gated ? staged_up_[entry] : nullptr, staged_down_[entry]}) {
+    if (weights == nullptr) continue;
+    next_scales += scales;
+    std::memcpy(rows, weights, weight_bytes_);
+    std::memcpy(rows + weight_bytes_, next_scales, scales);
+    rows += row_bytes_;
+  }
+}
+
+/**
+ * Waits for the rows of a chunk, neuron by neuron, and puts them where kernels want them: into the slots of neurons that
+ * will be kept, else into the thread's landing memory, behind the `landed` rows that are there.
+ */
+bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t* landed, size_t thread) {
+  const size_t stride = (config_->layout.matrices - 1) * row_bytes_;
+  const size_t gate_bytes = keeps_gates(*config_) ? row_bytes_ : 0;
+  uint64_t* stall_ns = &thread_counters_[thread].stream.row_stall_ns;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+    if (state_[entry] != kMissing) continue;
+    if (!wait_for(*up_read_[entry], stall_ns) || !wait_for(*down_read_[entry], stall_ns)) return false;
+    if (!is_sound(bank, entry, 1)) return false;
+    if (slot_[entry] == NeuronCache::kNoSlot) {
+      uint8_t* rows = landing_ + (thread * kNeuronChunk + (*landed)++) * stride;
+      unpack_rows(entry, nullptr, rows);
+      rows_[entry] = rows;
+    } else {
+      uint8_t* slot = cache_.slot(bank, slot_[entry]);
+      unpack_rows(entry, gate_bytes > 0 ? slot : nullptr, slot + gate_bytes);
+      rows_[entry] = slot + gate_bytes;
+    }
+  }
+  return true;
+}
+
+/** One token: adds down columns to the sums of a part. */
+void StreamedExperts::add_token(const Column* columns, size_t count, size_t part) {
+  add_columns(*kernels_, config_->ffn_encoding, columns, count, group_count(config_->hidden_size),
+              part_sums_ + part * config_->batch_size * padded_hidden(*config_));
+}
+
+/** Several tokens: the chunk's rows are laid one behind another, and kernels for whole matrices do the rest. */
+void StreamedExperts::add_tokens(const ExpertJob& job, size_t chunk, size_t part, size_t thread) {
+  const size_t first = chunk * kNeuronChunk;
+  const size_t batch = config_->batch_size;
+  uint8_t* up = compact_ + thread * 2 * kNeuronChunk * row_bytes_;
+  uint8_t* down = up + kNeuronChunk * row_bytes_;
+  uint32_t numbers[kNeuronChunk];
+  uint32_t entries[kNeuronChunk];
+  size_t count = 0;
+  for (size_t entry = first; entry < end_entry(chunk); entry++) {
+    if (state_[entry] == kDropped) continue;
+    if (config_->gated) std::memcpy(up + count * row_bytes_, rows_[entry], row_bytes_);
+    std::memcpy(down + count * row_bytes_, rows_[entry] + (config_->gated ? row_bytes_ : 0), row_bytes_);
+    numbers[count] = static_cast<uint32_t>(count);
+    entries[count++] = static_cast<uint32_t>(entry);
+  }
+  float* ups = ups_ + thread * batch * kNeuronChunk;  // (token, neuron of the chunk)
+  if (config_->gated) {
+    multiply(*kernels_, config_->ffn_encoding, {up, up + weight_bytes_, row_bytes_}, count, job.x, job.tokens, ups,
+             kNeuronChunk);
+  }
+  ThreadCounters& counters = thread_counters_[thread];
+  counters.rows += count * (config_->layout.matrices - 1);
+  float* factors = factors_ + thread * batch * kNeuronChunk;  // (neuron of the chunk, token)
+  for (size_t k = 0; k < count; k++) {
+    float values[kNeuronChunk];
+    const size_t neuron = open_[entries[k]];
+    const float* gates = batch_gates_ + neuron * batch;
+    size_t fired = 0;
+    for (size_t begin = 0; begin < job.tokens; begin += kNeuronChunk) {
+      const size_t tokens = std::min(kNeuronChunk, job.tokens - begin);
+      for (size_t t = 0; t < tokens; t++) values[t] = config_->gated ? ups[(begin + t) * kNeuronChunk + k] : 1.0f;
+      activate(*config_, gates + begin, values, tokens, values);
+      for (size_t t = 0; t < tokens; t++) {
+        factors[k * batch + begin + t] = job.share(begin + t) * values[t];
+        if (values[t] == 0.0f) continue;
+        fired++;
+        if (job.fired.wanted()) job.fired.mark(begin + t, neuron);
+      }
+    }
+    counters.fired += fired;
+    if (fired > 0 && state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+  }
+  const size_t hidden = padded_hidden(*config_);
+  const ColumnList list{{down, down + weight_bytes_, row_bytes_}, numbers, count, factors, batch};
+  for (size_t group = 0; group < group_count(config_->hidden_size); group++) {
+    add_columns(*kernels_, config_->ffn_encoding, list, group, job.tokens,
+                part_sums_ + part * batch * hidden + group * kGroup, hidden);
+  }
+}
+
+}  // namespace pi2
