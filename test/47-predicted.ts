@@ -132,6 +132,7 @@ function anyStream(request: EngineRequest): fc.Arbitrary<Partial<EngineRequest>>
       lanes: fc.integer({ min: 1, max: 5 }),
       threads: fc.integer({ min: 1, max: 3 }),
       trial: fc.record({ delayUs: fc.constantFrom(0, 0, 0, 30) }),
+      prefetchBytes: fc.constantFrom(0, 5000, 1 << 18),
       twoPhase: fc.boolean(),
       bundles: fc.boolean(),
       pipeline: fc.boolean(),

@@ -371,6 +371,8 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
       sparedBytes: 0,
       gateStallNs: 1e6 * tokens,
       rowStallNs: 3e6 * tokens,
+      prefetched: 0,
+      prefetchUsed: 0,
       storage: 'direct, io_uring',
     },
   });

@@ -157,6 +157,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
       set_in(stream, "sparedBytes", s.spared_bytes);
       set_in(stream, "gateStallNs", s.gate_stall_ns);
       set_in(stream, "rowStallNs", s.row_stall_ns);
+      set_in(stream, "prefetched", s.prefetched);
+      set_in(stream, "prefetchUsed", s.prefetch_used);
       stream.Set("storage", Napi::String::New(env, streamed->storage()));
       object.Set("stream", stream);
     }
@@ -259,6 +261,8 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
   if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
   const auto flag = [&](const char* name, bool fallback) { return fields.has(name) ? fields.boolean(name) : fallback; };
+  stream->prefetch_bytes = fields.size_or("prefetchBytes", 0);
+  if (stream->prefetch_bytes > size_t{1} << 30) fields.fail("prefetchBytes is absurd");
   stream->two_phase = flag("twoPhase", true);
   stream->bundles = flag("bundles", true);
   stream->pipeline = flag("pipeline", true);

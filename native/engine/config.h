@@ -46,6 +46,8 @@ struct StreamConfig {
   std::vector<size_t> checksum_offsets;
   /** Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). */
   bool two_phase = true;
+  /** Memory for reads that are guessed before attention, for the FFN behind it; 0: none are. */
+  size_t prefetch_bytes = 0;
   /** False takes a step away, to be measured: rows of a neuron side by side; computing while reads are on their way. */
   bool bundles = true;
   bool pipeline = true;

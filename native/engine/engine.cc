@@ -35,6 +35,8 @@ Status check(const EngineConfig& c) {
 
 /** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
 constexpr size_t kPieces = 15;
+/** Of more tokens nearly every neuron is wanted by one of them: there is nothing to guess. */
+constexpr size_t kPrefetchTokens = 4;
 std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
   const size_t batch = config.batch_size;
   const size_t hidden = config.hidden_size;
@@ -180,10 +182,20 @@ const Activations* Engine::predictor_input(size_t count, bool exact) {
   return &residual_;
 }
 
+void Engine::prefetch(size_t index, size_t count) {
+  // Of a mixture of experts it is not known yet which will be used.
+  if (streamed_ == nullptr || config_.stream.prefetch_bytes == 0 || config_.expert_count > 1) return;
+  const LayerWeights& layer = weights_.layers[index];
+  if (config_.predictor.input == PredictorInput::kFfnNorm) normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
+  const Activations* x = predictor_input(count, false);
+  streamed_->prefetch({index, 0, layer, normed_, x, count, nullptr, nullptr, 0, {}});
+}
+
 /** `record` begins at the first of these tokens, with layer 0. */
 Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
+  if (config_.predictor.enabled() && !exact && count <= kPrefetchTokens) prefetch(index, count);
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
   attention_.compute(layer, cache_, index, normed_, count, position, update_, stride);
   add_update(count);

@@ -87,6 +87,8 @@ class Engine {
   void add_update(size_t count);
   /** What predictors look at once `hidden_` is the residual stream after attention and `normed_` the FFN's input. */
   const Activations* predictor_input(size_t count, bool exact);
+  /** Lets the neurons of a layer be read while its attention is computed, where they can be guessed. */
+  void prefetch(size_t index, size_t count);
   Status run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record);
   void compute_logits(size_t first, size_t count, float* logits);
 

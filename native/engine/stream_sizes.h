@@ -62,6 +62,11 @@ inline size_t half_bytes(const EngineConfig& config) {
 }
 inline size_t half_requests(const EngineConfig& config) { return half_bytes(config) / kPageBytes + chunk_reads(config); }
 
+/** Most neurons that are read ahead, each by a read of its own at the worst. */
+inline size_t most_ahead(const EngineConfig& config) { return config.stream.prefetch_bytes / kPageBytes; }
+/** Requests of both halves and of those ahead. */
+inline size_t request_total(const EngineConfig& config) { return 2 * half_requests(config) + most_ahead(config); }
+
 inline size_t padded_hidden(const EngineConfig& config) { return group_count(config.hidden_size) * kGroup; }
 
 }  // namespace pi2

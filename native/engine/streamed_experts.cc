@@ -19,9 +19,14 @@ void StreamCounters::add(const StreamCounters& other) {
   spared_bytes += other.spared_bytes;
   gate_stall_ns += other.gate_stall_ns;
   row_stall_ns += other.row_stall_ns;
+  prefetched += other.prefetched;
+  prefetch_used += other.prefetch_used;
 }
 
-StreamedExperts::~StreamedExperts() = default;
+StreamedExperts::~StreamedExperts() {
+  // No read may arrive in memory that is given back.
+  end_ahead();
+}
 
 Status StreamedExperts::open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                              Predictor* predictor, std::unique_ptr<StreamedExperts>* result) {
@@ -66,6 +71,8 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * (config.layout.matrices - 1) * row + kTailBytes);
   compact_ = carver.take<uint8_t>(config.threads * 2 * kNeuronChunk * row + kTailBytes);
   columns_ = carver.take<Column>(config.threads * part_room(config.neuron_count));
+  ahead_neurons_ = carver.take<uint32_t>(most_ahead(config));
+  ahead_read_ = carver.take<ReadRequest*>(most_ahead(config) > 0 ? config.neuron_count : 0);
   part_sums_ = carver.take<float>(kParts * config.batch_size * padded_hidden(config));
   return carver.used();
 }
@@ -73,7 +80,7 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
 size_t StreamedExperts::scratch_bytes_needed(const EngineConfig& config) {
   // The pointers that carve sets are dropped with this object.
   ThreadPool no_threads(1);
-  return 2 * half_bytes(config) + 2 * half_requests(config) * sizeof(ReadRequest) +
+  return 2 * half_bytes(config) + page_up(config.stream.prefetch_bytes) + request_total(config) * sizeof(ReadRequest) +
          StreamedExperts(config, scalar_kernels(), no_threads, nullptr).carve(config, nullptr);
 }
 
@@ -117,12 +124,16 @@ Status StreamedExperts::allocate() {
   weight_bytes_ = pi2::weight_bytes(config.ffn_encoding, config.hidden_size);
   two_phases_ = has_two_phases(config);
   Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config));
-  if (status.is_ok()) status = staging_.allocate(2 * half_bytes(config), "reads from flash");
+  if (status.is_ok())
+    status = staging_.allocate(2 * half_bytes(config) + page_up(config.stream.prefetch_bytes), "reads from flash");
   if (status.is_ok()) status = scratch_.allocate(carve(config, nullptr), "scratch of streamed experts");
   if (!status.is_ok()) return status;
   carve(config, scratch_.data());
   half_requests_ = half_requests(config);
-  requests_ = std::make_unique<ReadRequest[]>(2 * half_requests_);
+  requests_ = std::make_unique<ReadRequest[]>(request_total(config));
+  ahead_.reads = requests_.get() + 2 * half_requests_;
+  ahead_.staging = staging_.data() + 2 * half_bytes(config);
+  ahead_bytes_ = config.stream.prefetch_bytes / 4;
   thread_counters_ = std::make_unique<ThreadCounters[]>(config.threads);
   progress_ = std::make_unique<Progress[]>(kParts);
   return status;
@@ -143,11 +154,13 @@ Status StreamedExperts::load() {
 Status StreamedExperts::run(const ExpertJob& job) {
   const size_t bank = job.layer_index * config_->expert_count + job.expert_index;
   counters_.neurons_seen += config_->neuron_count * job.tokens;
+  if (ahead_bank_ != bank) end_ahead();
   cache_.begin_tick(bank);
   find(job, bank);
+  tune_ahead();
   FirstFailure failure;
   failure_ = &failure;
-  const size_t half = staging_.bytes() / 2;
+  const size_t half = half_bytes(*config_);
   Round rounds[2];
   const auto plan = [&](size_t i, size_t first_chunk) {
     rounds[i] = {};
@@ -168,6 +181,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
     current = 1 - current;
   }
   failure_ = nullptr;
+  end_ahead();
   add_parts(job);
   collect_counters(job);
   return failure.take();

@@ -31,6 +31,7 @@
 #include "native/engine/experts.h"
 #include "native/engine/load.h"
 #include "native/engine/predictor.h"
+#include "native/engine/stream_sizes.h"
 #include "native/storage/reader.h"
 
 namespace pi2 {
@@ -50,6 +51,9 @@ struct StreamCounters {
   /** Time that computing threads waited for reads of gates, and of rows, summed over threads. */
   uint64_t gate_stall_ns = 0;
   uint64_t row_stall_ns = 0;
+  /** Neurons read ahead, and those of them that were wanted. */
+  uint64_t prefetched = 0;
+  uint64_t prefetch_used = 0;
 
   void add(const StreamCounters& other);
 };
@@ -64,11 +68,18 @@ class StreamedExperts : public Experts {
   ~StreamedExperts() override;
 
   Status run(const ExpertJob& job) override;
+  /**
+   * Begins reads of neurons that the next job of this bank will probably want: `job` has the inputs of the predictor as they
+   * are before attention. Changes what is waited for, never a result.
+   */
+  void prefetch(const ExpertJob& job);
 
   const StreamCounters& stream_counters() const { return stream_counters_; }
   std::string storage() const { return reader_->description(); }
   size_t weight_bytes() const { return cache_.bytes(); }
-  size_t scratch_bytes() const { return staging_.bytes() + scratch_.bytes() + 2 * half_requests_ * sizeof(ReadRequest); }
+  size_t scratch_bytes() const {
+    return staging_.bytes() + scratch_.bytes() + request_total(*config_) * sizeof(ReadRequest);
+  }
   /** Bytes that `open` will allocate: the cache, and beyond it. */
   static size_t weight_bytes_needed(const EngineConfig& config);
   static size_t scratch_bytes_needed(const EngineConfig& config);
@@ -130,6 +141,10 @@ class StreamedExperts : public Experts {
   void settle_round(size_t bank, const Round& round, bool failed);
   void keep_fired(size_t bank, size_t chunk);
 
+  bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
+  void tune_ahead();
+  void end_ahead();
+
   void compute_round(const ExpertJob& job, size_t bank, const Round& round);
   void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
   void gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
@@ -153,6 +168,8 @@ class StreamedExperts : public Experts {
   size_t missing_bytes(size_t chunk) const {
     return config_->layout.part2_bytes + (kinds_[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
   }
+  /** Whether a second phase reads the rows of an entry: what was read ahead came whole. */
+  bool wants_rows(size_t entry) const { return state_[entry] == kMissing && !is_ahead(gate_read_[entry]); }
   /** One behind the last entry of a chunk. */
   size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count_[chunk]; }
   size_t mask_words() const { return (config_->batch_size + 63) / 64; }
@@ -166,7 +183,7 @@ class StreamedExperts : public Experts {
   HugeMemory staging_;
   HugeMemory scratch_;
   std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron; empty if reads are not compared
-  std::unique_ptr<ReadRequest[]> requests_;  // two halves
+  std::unique_ptr<ReadRequest[]> requests_;  // two halves, then those ahead
   size_t half_requests_ = 0;
   size_t row_bytes_ = 0;
   size_t weight_bytes_ = 0;  // of a row, without its scales
@@ -198,6 +215,13 @@ class StreamedExperts : public Experts {
   std::unique_ptr<ThreadCounters[]> thread_counters_;
   std::unique_ptr<Progress[]> progress_;  // (part)
   FirstFailure* failure_ = nullptr;
+  ReadList ahead_;                      // reads begun before attention
+  size_t ahead_bank_ = 0;               // whose they are
+  size_t ahead_bytes_ = 0;              // how much is read ahead at present: what flash delivers during attention
+  uint32_t* ahead_neurons_ = nullptr;   // (read ahead): the neurons, ascending
+  ReadRequest** ahead_read_ = nullptr;  // (neuron): its read ahead, or null
+  size_t ahead_count_ = 0;
+  size_t ahead_used_ = 0;
   StreamCounters stream_counters_;
 };
 

@@ -8,7 +8,7 @@ namespace pi2 {
 
 /** Plans chunks from `first_chunk` on and submits their first reads; whether chunks are left after them. */
 bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) {
-  const size_t half = staging_.bytes() / 2;
+  const size_t half = half_bytes(*config_);
   ReadList& list = round->first_phase;
   round->first_chunk = first_chunk;
   size_t chunk = first_chunk;
@@ -43,18 +43,27 @@ void StreamedExperts::plan_chunk(size_t bank, size_t chunk, Round* round) {
     }
     const size_t part1 = config_->expert_offsets[bank] + layout.part1_at(neuron);
     const size_t part2 = config_->expert_offsets[bank] + layout.part2_at(neuron);
+    const auto take_whole = [&](ReadRequest& read) {
+      gate_read_[entry] = up_read_[entry] = down_read_[entry] = &read;
+      part1_[entry] = read.buffer + (part1 - read.offset);
+      staged_up_[entry] = read.buffer + (part2 - read.offset);
+      staged_down_[entry] = staged_up_[entry] + (config_->gated ? weight_bytes_ : 0);
+    };
+    if (ahead_count_ > 0 && ahead_read_[neuron] != nullptr) {
+      take_whole(*ahead_read_[neuron]);
+      ahead_used_++;
+      continue;
+    }
     stream_counters_.asked_bytes += layout.part1_bytes + (two_phases ? 0 : layout.part2_bytes);
     const bool whole = !two_phases && (config_->stream.bundles || kind == ChunkKind::kWhole);
     ReadRequest& read = add_range(part1, whole ? part2 + layout.part2_bytes : part1 + layout.part1_bytes, list, first_read);
+    if (whole) {
+      take_whole(read);
+      continue;
+    }
     part1_[entry] = read.buffer + (part1 - read.offset);
     gate_read_[entry] = &read;
-    if (whole) {
-      up_read_[entry] = down_read_[entry] = &read;
-      staged_up_[entry] = read.buffer + (part2 - read.offset);
-      staged_down_[entry] = staged_up_[entry] + (config_->gated ? weight_bytes_ : 0);
-    } else if (!two_phases) {
-      plan_rows(bank, entry, list, first_read);
-    }
+    if (!two_phases) plan_rows(bank, entry, list, first_read);
   }
   if (two_phases) keep_room(bank, chunk, round);
 }
@@ -104,13 +113,13 @@ ReadRequest& StreamedExperts::add_range(size_t begin, size_t end, ReadList* list
 void StreamedExperts::keep_room(size_t bank, size_t chunk, Round* round) {
   ReadList& list = round->first_phase;
   ReadRequest* const reads_end = list.reads + half_requests_ - round->later_count;
-  uint8_t* const staging_end = list.staging + staging_.bytes() / 2 - round->later_bytes;
+  uint8_t* const staging_end = list.staging + half_bytes(*config_) - round->later_bytes;
   // Planned at the very end of what is free, only to be measured; then moved to end there.
   size_t count = 0;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) count += state_[entry] == kMissing;
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) count += wants_rows(entry);
   ReadList rows{reads_end - 2 * count, 0, list.staging, 0};
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] == kMissing) plan_rows(bank, entry, &rows, 0);
+    if (wants_rows(entry)) plan_rows(bank, entry, &rows, 0);
   }
   round->later_count += 2 * count;
   round->later_bytes += rows.staged_bytes;
@@ -122,7 +131,7 @@ void StreamedExperts::submit_rows(size_t bank, size_t chunk, size_t thread) {
   StreamCounters& counters = thread_counters_[thread].stream;
   ReadList& list = later_[chunk];
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] != kMissing) continue;
+    if (!wants_rows(entry)) continue;
     counters.asked_bytes += config_->layout.part2_bytes;
     plan_rows(bank, entry, &list, 0);
   }

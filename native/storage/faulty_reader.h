@@ -15,6 +15,7 @@ class FaultyReader : public Reader {
 
   void submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override { return inner_->wait(request); }
+  void poll() override { inner_->poll(); }
   std::string description() const override { return inner_->description(); }
 
  private:

@@ -41,6 +41,9 @@ class Reader {
   /** Waits until a request is done; any thread. A failed read is said in words, with the file's name. */
   virtual Status wait(ReadRequest& request) = 0;
 
+  /** Lets requests that are done show it, without waiting; any thread. */
+  virtual void poll() {}
+
   /** How bytes are really read, for the report: "direct, 4 threads", "buffered, io_uring". */
   virtual std::string description() const = 0;
 };

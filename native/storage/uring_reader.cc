@@ -137,13 +137,16 @@ void UringReader::finish(ReadRequest& request, int32_t result) {
   request.state.store(state, std::memory_order_release);
 }
 
+void UringReader::poll() {
+  if (!lock_.try_lock()) return;
+  reap();
+  lock_.unlock();
+}
+
 Status UringReader::wait(ReadRequest& request) {
   for (int look = 0; look < kLooks; look++) {
     if (request.state.load(std::memory_order_acquire) != ReadRequest::kPending) break;
-    if (lock_.try_lock()) {
-      reap();
-      lock_.unlock();
-    }
+    poll();
     for (int i = 0; i < kPauses; i++) pause_cpu();
   }
   while (request.state.load(std::memory_order_acquire) == ReadRequest::kPending) {

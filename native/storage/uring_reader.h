@@ -20,6 +20,7 @@ class UringReader : public Reader {
 
   void submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override;
+  void poll() override;
   std::string description() const override;
 
  private:

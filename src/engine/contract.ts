@@ -118,6 +118,8 @@ export interface StreamRequest {
    * flash are not compared. A wrong one fails the step with `NATIVE_CHECKSUM`, naming layer and neuron.
    */
   checksumOffsets?: number[];
+  /** With a predictor: memory for neurons that are guessed and read while attention computes. Default: 0, none are. */
+  prefetchBytes?: number;
   /** Whether the gate of a missing neuron is read first, and its rows only if it fires. Default: yes. */
   twoPhase?: boolean;
   /** To measure what a step brings, it is taken away: neurons read as bundles, computing while reads are on their way. */
@@ -168,6 +170,9 @@ export interface StreamCounters {
   /** Time that computing threads waited for reads of gates and of rows, summed over threads. */
   gateStallNs: number;
   rowStallNs: number;
+  /** Neurons whose reads began before attention, and those of them that were wanted. */
+  prefetched: number;
+  prefetchUsed: number;
   /** How bytes are really read, e.g. `direct, 4 threads`. */
   storage: string;
 }

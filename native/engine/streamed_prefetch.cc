@@ -1,0 +1,114 @@
+/**
+ * StreamedExperts: reads begun before attention for the FFN behind it. The stream changes little over an attention block, so
+ * the predictor is asked once with what is there before it; flash works while attention computes.
+ *
+ * How much is read ahead follows what is left of flash: as much as really arrived until it was wanted. Where guesses are
+ * poor, reads ahead take flash away from reads that are needed, and fewer are begun (field experience: on a busy flash
+ * prefetching costs more than it brings).
+ */
+#include <algorithm>
+
+#include "native/engine/streamed_experts.h"
+
+namespace pi2 {
+namespace {
+
+/** Of the neurons read ahead at least this share must be wanted, else less is read ahead. */
+constexpr double kLeastUsed = 0.6;
+/** How fast the amount follows: it grows slowly and shrinks fast. */
+constexpr double kGrowth = 1.05;
+constexpr double kDecline = 0.7;
+
+}  // namespace
+
+void StreamedExperts::prefetch(const ExpertJob& job) {
+  const size_t bank = job.layer_index * config_->expert_count + job.expert_index;
+  const BundleLayout& layout = config_->layout;
+  end_ahead();
+  ahead_bank_ = bank;
+  const size_t most = std::min(ahead_bytes_ / page_up(layout.unit_bytes), most_ahead(*config_));
+  if (most == 0) return;
+  // Candidates of a chunk take the places of its entries: there are none between two jobs.
+  predictor_->begin(job);
+  pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
+    const float* scores = predictor_->score(job, group, thread);
+    const size_t end = std::min((group + 1) * kGroup, config_->neuron_count);
+    uint32_t* counts = open_count_ + group * kChunksPerGroup;
+    for (size_t chunk = 0; chunk < kChunksPerGroup && group * kChunksPerGroup + chunk < chunks(); chunk++) counts[chunk] = 0;
+    for (size_t neuron = group * kGroup; neuron < end; neuron++) {
+      float best = scores[neuron % kGroup];
+      for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);
+      if (!(best >= predictor_->threshold(job.layer_index, neuron, false))) continue;
+      if (cache_.rows(bank, neuron) != nullptr) continue;
+      const size_t chunk = neuron / kNeuronChunk;
+      const size_t entry = chunk * kNeuronChunk + open_count_[chunk]++;
+      open_[entry] = static_cast<uint32_t>(neuron);
+      gates_[entry] = best;
+    }
+  });
+  // All candidates to the front, the likeliest of them first, then in the order of flash.
+  size_t count = 0;
+  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++, count++) {
+      open_[count] = open_[entry];
+      // By neuron: entry numbers are at most neuron numbers, so no score that is still needed is overwritten.
+      gates_[count] = gates_[entry];
+    }
+  }
+  if (count > most) {
+    // The score of the last one that is taken.
+    std::copy_n(gates_, count, batch_gates_);
+    std::nth_element(batch_gates_, batch_gates_ + most - 1, batch_gates_ + count, std::greater<float>());
+    const float least = batch_gates_[most - 1];
+    size_t kept = 0;
+    for (size_t i = 0; i < count && kept < most; i++) {
+      if (gates_[i] >= least) open_[kept++] = open_[i];
+    }
+    count = kept;
+  }
+  for (size_t i = 0; i < count; i++) {
+    const size_t neuron = open_[i];
+    const size_t base = config_->expert_offsets[bank];
+    const size_t begin = base + layout.part1_at(neuron);
+    const size_t end = base + layout.part2_at(neuron) + layout.part2_bytes;
+    if (ahead_.staged_bytes + page_up(layout.unit_bytes) + kGapBytes > config_->stream.prefetch_bytes) break;
+    ahead_read_[neuron] = &add_range(begin, end, &ahead_, 0);
+    ahead_neurons_[ahead_count_++] = static_cast<uint32_t>(neuron);
+  }
+  if (ahead_.count == 0) return;
+  reader_->submit(ahead_.reads, ahead_.count);
+  stream_counters_.reads += ahead_.count;
+  stream_counters_.read_bytes += ahead_.staged_bytes;
+  stream_counters_.asked_bytes += ahead_count_ * (layout.part1_bytes + layout.part2_bytes);
+  stream_counters_.prefetched += ahead_count_;
+}
+
+/** Attention is over: what has arrived by now is what flash had to spare. */
+void StreamedExperts::tune_ahead() {
+  if (ahead_.count == 0) return;
+  reader_->poll();
+  size_t arrived = 0;
+  for (size_t i = 0; i < ahead_.count; i++) {
+    arrived += ahead_.reads[i].state.load(std::memory_order_acquire) != ReadRequest::kPending;
+  }
+  const bool is_late = arrived < ahead_.count - ahead_.count / 8;
+  const double bytes = static_cast<double>(ahead_bytes_) * (is_late ? kDecline : kGrowth);
+  const double least = static_cast<double>(page_up(config_->layout.unit_bytes));
+  ahead_bytes_ = static_cast<size_t>(std::clamp(bytes, least, static_cast<double>(config_->stream.prefetch_bytes)));
+}
+
+/** Waits for what was begun, so that its memory can be used again, and forgets it. A read that failed fails nobody here. */
+void StreamedExperts::end_ahead() {
+  if (ahead_.count == 0) return;
+  for (size_t i = 0; i < ahead_.count; i++) static_cast<void>(reader_->wait(ahead_.reads[i]));
+  for (size_t i = 0; i < ahead_count_; i++) ahead_read_[ahead_neurons_[i]] = nullptr;
+  stream_counters_.prefetch_used += ahead_used_;
+  if (static_cast<double>(ahead_used_) < kLeastUsed * static_cast<double>(ahead_count_)) {
+    ahead_bytes_ = static_cast<size_t>(static_cast<double>(ahead_bytes_) * kDecline);
+  }
+  ahead_.count = 0;
+  ahead_.staged_bytes = 0;
+  ahead_count_ = ahead_used_ = 0;
+}
+
+}  // namespace pi2
