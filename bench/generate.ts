@@ -1,11 +1,13 @@
+import { createHash } from 'node:crypto';
 import { type FileHandle, mkdir, open, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fileError } from '../src/base/error.js';
 import { type Random, seededRandom } from '../src/engine/random.js';
-import { configOf, type Shape, type SyntheticTensor, tensorsOf } from './shapes.js';
+import { configOf, type RowWriter, type Shape, type SyntheticTensor, tensorsOf } from './shapes.js';
+import { SparseStream } from './sparse-stream.js';
 
 /** Raised when the same shape and seed give other bytes than before: an older checkpoint is then made anew. */
-const GENERATOR_VERSION = 1;
+const GENERATOR_VERSION = 2;
 /** Says what was generated; written last, so that a checkpoint with it is complete. */
 const MARK_FILE = 'synthetic.json';
 const SHARD_BYTES = 1_000_000_000;
@@ -14,6 +16,7 @@ const SHARD_BYTES = 1_000_000_000;
  */
 const BLOCK_NUMBERS = 1_048_573;
 const BYTES_PER_NUMBER = 2;
+const ROWS_PER_WRITE = 256;
 
 /**
  * Makes a synthetic checkpoint of `shape` in `directory`: config.json and sharded bf16 safetensors, no tokenizer. Its weights
@@ -42,12 +45,13 @@ export async function generateCheckpoint(shape: Shape, seed: number, directory: 
 /** One block of normal numbers, as bf16 of each deviation that was asked for. */
 class NumberBlock {
   readonly #numbers = new Float32Array(BLOCK_NUMBERS);
-  readonly #random: Random;
+  readonly #seed: number;
   readonly #encoded = new Map<number, Uint8Array>();
 
   constructor(seed: number) {
-    this.#random = seededRandom(seed);
-    for (let i = 0; i < BLOCK_NUMBERS; i++) this.#numbers[i] = normal(this.#random);
+    this.#seed = seed;
+    const random = seededRandom(seed);
+    for (let i = 0; i < BLOCK_NUMBERS; i++) this.#numbers[i] = normal(random);
   }
 
   /** The block as bf16 bytes, each number times `deviation`. */
@@ -60,9 +64,24 @@ class NumberBlock {
     return bytes;
   }
 
-  /** Where the next tensor begins in the block, in bytes. */
-  nextStart(): number {
-    return Math.floor(this.#random() * BLOCK_NUMBERS) * BYTES_PER_NUMBER;
+  /** A copy of `count` bf16 numbers from number `start` on, the block repeated. */
+  numbers(deviation: number, start: number, count: number): Uint16Array {
+    const bytes = this.encoded(deviation);
+    const block = new Uint16Array(bytes.buffer, bytes.byteOffset, BLOCK_NUMBERS);
+    const copy = new Uint16Array(count);
+    for (let done = 0; done < count; ) {
+      const from = (start + done) % BLOCK_NUMBERS;
+      const piece = block.subarray(from, from + count - done);
+      copy.set(piece, done);
+      done += piece.length;
+    }
+    return copy;
+  }
+
+  /** Where a tensor begins in the block, in numbers: the same whenever it is asked for. */
+  start(tensor: string): number {
+    const hash = createHash('sha256').update(`${this.#seed} ${tensor}`).digest();
+    return hash.readUInt32LE(0) % BLOCK_NUMBERS;
   }
 }
 
@@ -82,7 +101,13 @@ function toBf16(numbers: Float32Array): Uint8Array {
 }
 
 async function writeShards(shape: Shape, block: NumberBlock, directory: string): Promise<void> {
-  const shards = cutShards(tensorsOf(shape));
+  // Gates and predictors have numbers in common.
+  const numbersOf = (tensor: string, from: number, count: number): Uint16Array => {
+    const gate = tensors.find(({ name }) => name === tensor) as SyntheticTensor;
+    return block.numbers(gate.deviation as number, block.start(tensor) + from, count);
+  };
+  const tensors = tensorsOf(shape, shape.activation === 'drelu' ? new SparseStream(shape, numbersOf) : null);
+  const shards = cutShards(tensors);
   const weightMap: Record<string, string> = {};
   let totalBytes = 0;
   for (const [i, tensors] of shards.entries()) {
@@ -123,7 +148,11 @@ async function writeShard(tensors: SyntheticTensor[], block: NumberBlock, path: 
     await file.writeFile(shardHeader(tensors));
     for (const tensor of tensors) {
       if (tensor.deviation === 'ones') await file.writeFile(toBf16(new Float32Array(tensor.shape[0]).fill(1)));
-      else await writeRepeated(file, block.encoded(tensor.deviation), block.nextStart(), tensorBytes(tensor));
+      else if (tensor.writeRow) await writeRows(file, tensor, tensor.writeRow, block);
+      else {
+        const start = BYTES_PER_NUMBER * block.start(tensor.name);
+        await writeRepeated(file, block.encoded(tensor.deviation), start, tensorBytes(tensor));
+      }
     }
   } finally {
     await file.close();
@@ -151,6 +180,23 @@ async function writeRepeated(file: FileHandle, block: Uint8Array, start: number,
     const piece = block.subarray(at, Math.min(block.length, at + left));
     await file.writeFile(piece);
     left -= piece.length;
+  }
+}
+
+/** Writes a matrix of random numbers whose rows are changed one by one. */
+async function writeRows(
+  file: FileHandle,
+  tensor: SyntheticTensor,
+  writeRow: RowWriter,
+  block: NumberBlock,
+): Promise<void> {
+  const [rows, columns] = tensor.shape;
+  const start = block.start(tensor.name);
+  for (let first = 0; first < rows; first += ROWS_PER_WRITE) {
+    const count = Math.min(ROWS_PER_WRITE, rows - first);
+    const piece = block.numbers(tensor.deviation as number, start + first * columns, count * columns);
+    for (let i = 0; i < count; i++) writeRow(first + i, piece.subarray(i * columns, (i + 1) * columns));
+    await file.writeFile(new Uint8Array(piece.buffer));
   }
 }
 

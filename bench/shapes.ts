@@ -1,3 +1,5 @@
+import type { SparseStream } from './sparse-stream.js';
+
 /** A model's sizes without its weights: enough to make a synthetic checkpoint of the same shape. */
 export interface Shape {
   name: string;
@@ -41,11 +43,16 @@ export const SHAPES: readonly Shape[] = [
   { name: 'mistral-7b-drelu', ...MISTRAL, activation: 'drelu', modelType: 'bamboo' },
 ];
 
+/** Writes one row of a tensor: `row` is its number, `values` holds random bf16 numbers that it may change. */
+export type RowWriter = (row: number, values: Uint16Array) => void;
+
 /** A tensor of a synthetic checkpoint. Weights are normal numbers of this deviation; norms are ones. */
 export interface SyntheticTensor {
   name: string;
   shape: readonly number[];
   deviation: number | 'ones';
+  /** Gives rows more than randomness. */
+  writeRow?: RowWriter;
 }
 
 /** config.json of a shape, as HuggingFace writes it. */
@@ -73,33 +80,41 @@ export function configOf(shape: Shape): object {
 /**
  * All tensors of a shape. A product of inputs of size 1 with weights of deviation 1/sqrt(inputs) has size 1 again, so
  * activations stay finite through any number of layers; what the two blocks of a layer add is kept small against the stream.
+ * Of a dReLU shape neurons fire as `SparseStream` says, and it brings predictors.
  */
-export function tensorsOf(shape: Shape): SyntheticTensor[] {
+export function tensorsOf(shape: Shape, stream: SparseStream | null): SyntheticTensor[] {
   const { hiddenSize, neuronCount, vocabSize, layerCount } = shape;
   const kvSize = (hiddenSize / shape.headCount) * shape.kvHeadCount;
   const blockScale = 1 / Math.sqrt(2 * layerCount);
-  const matrix = (name: string, rows: number, columns: number, scale = 1): SyntheticTensor => ({
+  const matrix = (name: string, rows: number, columns: number, scale = 1, writeRow?: RowWriter): SyntheticTensor => ({
     name: `${name}.weight`,
     shape: [rows, columns],
     deviation: scale / Math.sqrt(columns),
+    writeRow,
   });
   const norm = (name: string): SyntheticTensor => ({ name: `${name}.weight`, shape: [hiddenSize], deviation: 'ones' });
   const layers = Array.from({ length: layerCount }, (_, i) => {
     const layer = `model.layers.${i}`;
+    const gate = `${layer}.mlp.gate_proj`;
+    const predictor = stream && [
+      matrix(`${layer}.mlp.predictor.fc1`, stream.rank, hiddenSize, 1, stream.predictorInputs),
+      matrix(`${layer}.mlp.predictor.fc2`, neuronCount, stream.rank, 1, stream.predictorScores(i, `${gate}.weight`)),
+    ];
     return [
       norm(`${layer}.input_layernorm`),
       matrix(`${layer}.self_attn.q_proj`, hiddenSize, hiddenSize),
       matrix(`${layer}.self_attn.k_proj`, kvSize, hiddenSize),
       matrix(`${layer}.self_attn.v_proj`, kvSize, hiddenSize),
-      matrix(`${layer}.self_attn.o_proj`, hiddenSize, hiddenSize, blockScale),
+      matrix(`${layer}.self_attn.o_proj`, hiddenSize, hiddenSize, blockScale, stream?.outputs),
       norm(`${layer}.post_attention_layernorm`),
-      matrix(`${layer}.mlp.gate_proj`, neuronCount, hiddenSize),
+      matrix(gate, neuronCount, hiddenSize, stream?.gateScale, stream?.gates(i)),
       matrix(`${layer}.mlp.up_proj`, neuronCount, hiddenSize),
-      matrix(`${layer}.mlp.down_proj`, hiddenSize, neuronCount, blockScale),
+      matrix(`${layer}.mlp.down_proj`, hiddenSize, neuronCount, blockScale, stream?.outputs),
+      ...(predictor ?? []),
     ];
   });
   return [
-    { name: 'model.embed_tokens.weight', shape: [vocabSize, hiddenSize], deviation: 1 },
+    { ...matrix('model.embed_tokens', vocabSize, hiddenSize, Math.sqrt(hiddenSize), stream?.embeddings) },
     ...layers.flat(),
     norm('model.norm'),
     matrix('lm_head', vocabSize, hiddenSize),
