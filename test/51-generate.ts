@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import t from 'tap';
 import type { EngineCounters } from '../src/engine/contract.js';
-import { BATCH_SIZE, chooseContext, Engine, nativeError, type StepEngine } from '../src/engine/engine.js';
+import { chooseContext, Engine, nativeError, type StepEngine, type StepOptions } from '../src/engine/engine.js';
 import { cutWindows, evaluateSequence, measurePerplexity, negativeLogLikelihood } from '../src/engine/evaluate.js';
 import { type GenerateOptions, Generation, requirePrompt } from '../src/engine/generate.js';
 import { seededRandom } from '../src/engine/random.js';
@@ -147,7 +147,10 @@ t.test('random numbers: the same for a seed, uniform, different for another', (t
 
 /** A model that follows token n by n + 1 (modulo its vocabulary) and checks that its cache is filled in order. */
 class CountingEngine implements StepEngine {
+  readonly batchSize = 7;
   readonly steps: number[][] = [];
+  /** Which of the steps were to be exact. */
+  readonly exact: boolean[] = [];
   #filled = 0;
 
   constructor(
@@ -155,11 +158,17 @@ class CountingEngine implements StepEngine {
     readonly vocabSize = 10,
   ) {}
 
-  async step(tokens: Int32Array, position: number, logits: Float32Array, all = false): Promise<void> {
+  async step(
+    tokens: Int32Array,
+    position: number,
+    logits: Float32Array,
+    { all, exact }: StepOptions = {},
+  ): Promise<void> {
     if (position !== 0 && position !== this.#filled) throw new Error(`position ${position}, filled ${this.#filled}`);
     this.#filled = position + tokens.length;
     if (this.#filled > this.contextLength) throw new Error('beyond the context');
     this.steps.push([...tokens]);
+    this.exact.push(exact === true);
     const rows = all ? [...tokens] : [tokens[tokens.length - 1]];
     logits.fill(0);
     rows.forEach((token, row) => {
@@ -204,12 +213,13 @@ t.test('generation ends with an end token, enough tokens, a full context or an a
 
 t.test('a prompt is computed in batches, a token at a time after it; each is timed', async (t) => {
   const engine = new CountingEngine(1000);
-  const prompt = Array.from({ length: 2 * BATCH_SIZE + 1 }, (_, i) => i % 10);
+  const prompt = Array.from({ length: 15 }, (_, i) => i % 10);
   const { timings } = await generate(engine, { prompt, maxTokens: 3 });
   t.strictSame(
     engine.steps.map((step) => step.length),
-    [BATCH_SIZE, BATCH_SIZE, 1, 1, 1],
+    [7, 7, 1, 1, 1],
   );
+  t.strictSame(engine.exact, [true, true, true, false, false], 'no prediction in prefill');
   t.strictSame(engine.steps.slice(0, 3).flat(), prompt);
   t.match(timings, { promptTokens: prompt.length, generatedTokens: 3 });
   t.equal(timings.latenciesMs.length, 2);

@@ -1,0 +1,152 @@
+/** What a model is opened with under a budget of memory: where its neurons are, tokens at once, and whether it predicts. */
+import { Pi2Error } from '../base/error.js';
+import { rowBytes } from '../format/encoding.js';
+import { readFiringRates } from '../format/firing-rates.js';
+import { rowsReadBytes } from '../format/layout.js';
+import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
+import type { ModelDirectory } from '../format/model-directory.js';
+import type { NeuronCosts } from '../plan/keep-order.js';
+import { budgetBytes, describeLimit } from '../plan/memory-limit.js';
+import {
+  leastMemory,
+  type MemoryPlan,
+  type MemoryQuestion,
+  planMemory,
+  type StreamShape,
+  shareOfNeurons,
+} from '../plan/memory-plan.js';
+import type { EngineMemory, EngineRequest, NativeAddon } from './contract.js';
+import type { EngineOptions } from './engine.js';
+import { type ModelRequest, predictorRequest, streamRequest } from './engine-request.js';
+
+/** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
+const RESERVE_BYTES = 32 * 1024 * 1024;
+/** The least that a message names is this much more: a process is not as large every time. */
+const SLACK_BYTES = 8 * 1024 * 1024;
+
+/** A request that keeps to the budget. */
+export interface PlannedRequest {
+  request: EngineRequest;
+  /** Memory of the whole process that was to be kept to. With `min`, what that came to. */
+  budgetBytes: number;
+  /** The thresholds that the predictor works with; null when every neuron that fires is computed. */
+  operatingPoint: OperatingPoint | null;
+  /** Why the model's predictor is not used, though nobody asked for that. */
+  notice: string | null;
+}
+
+/**
+ * Decides what a model is opened with. Its predictor is used unless `exact` is asked for; it is left out, with a notice, where
+ * memory is too little for it or for what its thresholds were chosen on. Throws `Pi2Error`: E_MEMORY when the budget is too
+ * little even so, E_MODEL or E_IO when the profile cannot be read.
+ */
+export async function planRequest(
+  model: ModelDirectory,
+  base: ModelRequest,
+  options: EngineOptions,
+  addon: NativeAddon,
+): Promise<PlannedRequest> {
+  const { memory, exact, verifyReads = false } = options;
+  const { predictor } = model.manifest;
+  const mode = options.loadMode === 'buffered' ? 'buffered' : 'direct';
+  const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
+  const requestOf = (batchSize: number, shape?: StreamShape, entry?: PredictorEntry, point = entry?.points[0]) => ({
+    ...base,
+    ...(shape === undefined ? {} : streamRequest(model, shape, mode, verifyReads)),
+    ...(entry === undefined || point === undefined ? {} : { predictor: predictorRequest(model, entry, point) }),
+    batchSize,
+  });
+  const decide = async (entry?: PredictorEntry) => {
+    const question: MemoryQuestion = {
+      bankCount: base.expertOffsets.length,
+      neuronCount: base.neuronCount,
+      contextLength: base.contextLength,
+      costs: neuronCosts(model),
+      budgetBytes: budgetBytes(memory, processBytes),
+      processBytes,
+      mode: options.loadMode === 'resident' ? 'resident' : (options.loadMode ?? 'auto') === 'auto' ? 'auto' : 'stream',
+      measure: (batchSize, shape) => sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry))),
+      ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
+    };
+    if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
+    let plan = planMemory(question);
+    if (plan.kind === 'streamed') {
+      const firingRates = await readFiringRates(model);
+      if (firingRates !== null) plan = planMemory({ ...question, firingRates });
+    }
+    return { plan, budgetBytes: question.budgetBytes };
+  };
+
+  let notice: string | null = null;
+  if (predictor !== undefined && !exact) {
+    const { plan, budgetBytes } = await decide(predictor);
+    const point = choosePoint(predictor, plan, base.neuronCount);
+    if (plan.kind !== 'too_little' && point !== null) {
+      const request = requestOf(plan.batchSize, shapeOf(plan), predictor, point);
+      return { request, budgetBytes, operatingPoint: point, notice };
+    }
+    notice = whyExact(predictor, plan);
+  }
+  const { plan, budgetBytes: budget } = await decide();
+  if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budget, plan.leastBytes);
+  return { request: requestOf(plan.batchSize, shapeOf(plan)), budgetBytes: budget, operatingPoint: null, notice };
+}
+
+function shapeOf(plan: MemoryPlan): StreamShape | undefined {
+  return plan.kind === 'streamed' ? plan.shape : undefined;
+}
+
+/**
+ * The operating point with the largest kept share that the plan has in memory for good, of every bank: what a point promises
+ * was measured with the hottest neurons of each expert in memory all the time, and slots begin empty. Null if none has so few.
+ */
+function choosePoint({ points }: PredictorEntry, plan: MemoryPlan, neuronCount: number): OperatingPoint | null {
+  const hot = plan.kind === 'streamed' ? plan.shape.hotNeurons : [];
+  const kept = hot.reduce((least, count) => Math.min(least, count), neuronCount);
+  return points.findLast(({ kept_share }) => shareOfNeurons(kept_share, neuronCount) <= kept) ?? null;
+}
+
+function whyExact({ points }: PredictorEntry, plan: MemoryPlan): string {
+  const why =
+    plan.kind === 'too_little'
+      ? `with it the model takes ${inMebibytes(plan.leastBytes)}`
+      : `its thresholds want ${Math.ceil(100 * points[0].kept_share)} % of the neurons in memory`;
+  return `the predictor is left out, ${why}: every neuron that fires is computed`;
+}
+
+/** What neurons take in memory and cost to read, to rank them by: what they really take the addon says. */
+function neuronCosts(model: ModelDirectory): NeuronCosts {
+  const { layout, quantization, hyperparameters } = model.manifest;
+  return {
+    gateBytes: layout.part1_bytes,
+    rowsBytes: (layout.matrices - 1) * rowBytes(quantization.ffn, hyperparameters.hidden_size),
+    wholeReadBytes: layout.unit_bytes / layout.neurons_per_unit,
+    rowsReadBytes: rowsReadBytes(layout),
+  };
+}
+
+function sumOfBytes(memory: EngineMemory): number {
+  return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.loadBytes;
+}
+
+function inMebibytes(bytes: number): string {
+  return `${Math.ceil((bytes + SLACK_BYTES) / 2 ** 20)}M`;
+}
+
+/** Refuses, with the least that would do, what would end in swap or a kill. */
+function tooLittle(
+  model: ModelDirectory,
+  contextLength: number,
+  { loadMode, memory }: EngineOptions,
+  budget: number,
+  leastBytes: number,
+): Pi2Error {
+  const least = inMebibytes(leastBytes);
+  const resident = loadMode === 'resident' ? ' with all weights in memory' : '';
+  const streamHint = loadMode === 'resident' ? ', leave --load-mode out' : '';
+  return new Pi2Error(
+    'E_MEMORY',
+    `${model.path}${resident} and a context of ${contextLength} take ${least}, ${describeLimit(memory, budget)}`,
+    `the least that would do: --memory ${least}; or a smaller context with -c${streamHint}`,
+  );
+}
