@@ -385,6 +385,13 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
       prefetchUsed: 0,
       storage: 'direct, io_uring',
     },
+    predictor: {
+      ns: 1e6 * tokens,
+      weightBytesRead: 0,
+      scored: 40 * tokens,
+      chosen: 5 * tokens,
+      skippedOnFlash: tokens,
+    },
   });
   const engine = {
     contextLength: 128,
@@ -395,6 +402,9 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     budgetBytes: 5000,
     storage: 'direct, io_uring',
     gatesResidentShare: 0.5,
+    regions: { gatesBytes: 1000, hotBytes: 0, coldBytes: 2048, rowsShare: 0.25 },
+    operatingPoint: null,
+    batchSize: 16,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
   const facts = { manifest: model.manifest, engine, timings, stopReason: 'length', seed: 7 } as const;
@@ -416,6 +426,11 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     storage: 'direct, io_uring',
     memory_budget_bytes: 5000,
     gates_resident_share: 0.5,
+    rows_resident_share: 0.25,
+    cold_bytes: 2048,
+    batch_size: 16,
+    kept_share: null,
+    neurons_computed_share: null,
     hot_hit_share: 0.5,
     cold_hit_share: 0.25,
     miss_share: 0.25,
@@ -431,7 +446,29 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
   t.ok(report.peak_memory_bytes > 10e6);
   t.match(formatRunReport(report), /decode +3 tokens, 50\.00 tokens\/s\n/);
   t.match(formatRunReport(report), /neurons found +hot 50\.0 %, cold 25\.0 %, on flash 25\.0 %/);
-  const whole = { ...engine, storage: 'resident', gatesResidentShare: 1 };
+  t.match(formatRunReport(report), /neurons kept +gates 1000 B \(50\.0 %\), hot 0 B, cold 2\.00 KiB \(25\.0 %\)/);
+  const point = { kept_share: 0.25, perplexity: 10.1 };
+  const predicted = runReport({
+    ...facts,
+    manifest: { ...model.manifest, predictor: { quality: { exact_perplexity: 10 } } as never },
+    engine: { ...engine, operatingPoint: point as never },
+    countersAfterPrompt: counters(20, 500),
+    counters: counters(22, 900),
+  });
+  t.match(predicted, {
+    kept_share: 0.25,
+    perplexity_ratio: 1.01,
+    neurons_computed_per_token: 5,
+    neurons_skipped_per_token: 1,
+    neurons_computed_share: 0.125,
+    predictor_ms_per_token: 1,
+    predictor_share: 0.025,
+  });
+  t.match(
+    formatRunReport(predicted),
+    /neurons predicted +12\.5 % computed, 1\.0 a token left on flash; perplexity x1\.01/,
+  );
+  const whole = { ...engine, storage: 'resident', gatesResidentShare: 1, regions: null };
   const { stream: _, ...residentCounters } = counters(22, 900);
   const resident = runReport({
     ...facts,

@@ -61,6 +61,8 @@ export interface Regions {
   gatesBytes: number;
   hotBytes: number;
   coldBytes: number;
+  /** Of all neurons, those whose rows have a place: for good or in a slot. */
+  rowsShare: number;
 }
 
 /** An open model in memory. Close it: its weights are not the garbage collector's. */
@@ -174,7 +176,7 @@ function gatesResidentShare({ stream, neuronCount }: EngineRequest): number {
 }
 
 /** Rows are whole neurons where a predictor says which are needed, else those of up and down. */
-function regionsOf({ stream, predictor, layout, ffnEncoding, hiddenSize }: EngineRequest): Regions | null {
+function regionsOf({ stream, predictor, layout, ffnEncoding, hiddenSize, neuronCount }: EngineRequest): Regions | null {
   if (stream === undefined) return null;
   const rows = predictor === undefined ? layout.matrices - 1 : layout.matrices;
   const slotBytes = rows * rowBytes(ffnEncoding, hiddenSize);
@@ -182,6 +184,7 @@ function regionsOf({ stream, predictor, layout, ffnEncoding, hiddenSize }: Engin
     gatesBytes: sum(stream.residentGates) * layout.part1Bytes,
     hotBytes: sum(stream.hotNeurons) * slotBytes,
     coldBytes: sum(stream.coldSlots) * slotBytes,
+    rowsShare: (sum(stream.hotNeurons) + sum(stream.coldSlots)) / (stream.hotNeurons.length * neuronCount),
   };
 }
 

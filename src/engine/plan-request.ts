@@ -46,13 +46,14 @@ export async function planRequest(
   options: EngineOptions,
   addon: NativeAddon,
 ): Promise<PlannedRequest> {
-  const { memory, exact, verifyReads = false } = options;
+  const { memory, exact, verifyReads = false, loadMode = 'auto' } = options;
   const { predictor } = model.manifest;
-  const mode = options.loadMode === 'buffered' ? 'buffered' : 'direct';
+  const readMode = loadMode === 'buffered' ? 'buffered' : 'direct';
+  const mode = loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
   const requestOf = (batchSize: number, shape?: StreamShape, entry?: PredictorEntry, point = entry?.points[0]) => ({
     ...base,
-    ...(shape === undefined ? {} : streamRequest(model, shape, mode, verifyReads)),
+    ...(shape === undefined ? {} : streamRequest(model, shape, readMode, verifyReads)),
     ...(entry === undefined || point === undefined ? {} : { predictor: predictorRequest(model, entry, point) }),
     batchSize,
   });
@@ -64,7 +65,7 @@ export async function planRequest(
       costs: neuronCosts(model),
       budgetBytes: budgetBytes(memory, processBytes),
       processBytes,
-      mode: options.loadMode === 'resident' ? 'resident' : (options.loadMode ?? 'auto') === 'auto' ? 'auto' : 'stream',
+      mode,
       measure: (batchSize, shape) => sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry))),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
     };

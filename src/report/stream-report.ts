@@ -1,5 +1,6 @@
 import { formatBytes } from '../base/bytes.js';
 import type { EngineCounters, StreamCounters } from '../engine/contract.js';
+import type { Engine } from '../engine/engine.js';
 import { formatShare } from './format.js';
 
 /**
@@ -56,6 +57,15 @@ const NOTHING_STREAMED: StreamReport = {
   stall_ms_per_token: null,
   stall_share: null,
 };
+
+/** Words for how much of the neurons is in memory. */
+export function describeKept({ gatesResidentShare, regions, operatingPoint }: KeptFacts): string {
+  const rows = formatShare(regions?.rowsShare ?? 1);
+  if (operatingPoint !== null) return `${rows} of the neurons`;
+  return `${formatShare(gatesResidentShare)} of the gates, ${rows} of the other rows`;
+}
+
+type KeptFacts = Pick<Engine, 'gatesResidentShare' | 'regions' | 'operatingPoint'>;
 
 /** Lines for people; none when nothing was streamed. */
 export function streamLines(report: StreamReport): [string, string][] {
