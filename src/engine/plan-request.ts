@@ -1,7 +1,7 @@
 /** What a model is opened with under a budget of memory: where its neurons are, tokens at once, and whether it predicts. */
 import { Pi2Error } from '../base/error.js';
 import { rowBytes } from '../format/encoding.js';
-import { readFiringRates } from '../format/firing-rates.js';
+import { type FiringRates, readFiringRates } from '../format/firing-rates.js';
 import { rowsReadBytes } from '../format/layout.js';
 import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
@@ -51,13 +51,14 @@ export async function planRequest(
   const readMode = loadMode === 'buffered' ? 'buffered' : 'direct';
   const mode = loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
-  const requestOf = (batchSize: number, shape?: StreamShape, entry?: PredictorEntry, point = entry?.points[0]) => ({
+  const requestOf = (batchSize: number, shape: StreamShape | undefined, point: OperatingPoint | null) => ({
     ...base,
     ...(shape === undefined ? {} : streamRequest(model, shape, readMode, verifyReads)),
-    ...(entry === undefined || point === undefined ? {} : { predictor: predictorRequest(model, entry, point) }),
+    ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
     batchSize,
   });
-  const decide = async (entry?: PredictorEntry) => {
+  let rates: Promise<FiringRates | null> | undefined;
+  const decide = async (entry?: PredictorEntry): Promise<Decision> => {
     const question: MemoryQuestion = {
       bankCount: base.expertOffsets.length,
       neuronCount: base.neuronCount,
@@ -66,35 +67,37 @@ export async function planRequest(
       budgetBytes: budgetBytes(memory, processBytes),
       processBytes,
       mode,
-      measure: (batchSize, shape) => sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry))),
+      measure: (batchSize, shape) =>
+        sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
     };
     if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
     let plan = planMemory(question);
     if (plan.kind === 'streamed') {
-      const firingRates = await readFiringRates(model);
+      rates ??= readFiringRates(model);
+      const firingRates = await rates;
       if (firingRates !== null) plan = planMemory({ ...question, firingRates });
     }
     return { plan, budgetBytes: question.budgetBytes };
   };
 
-  let notice: string | null = null;
-  if (predictor !== undefined && !exact) {
-    const { plan, budgetBytes } = await decide(predictor);
-    const point = choosePoint(predictor, plan, base.neuronCount);
-    if (plan.kind !== 'too_little' && point !== null) {
-      const request = requestOf(plan.batchSize, shapeOf(plan), predictor, point);
-      return { request, budgetBytes, operatingPoint: point, notice };
-    }
-    notice = whyExact(predictor, plan);
-  }
-  const { plan, budgetBytes: budget } = await decide();
-  if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budget, plan.leastBytes);
-  return { request: requestOf(plan.batchSize, shapeOf(plan)), budgetBytes: budget, operatingPoint: null, notice };
+  const planned = ({ plan, budgetBytes }: Decision, operatingPoint: OperatingPoint | null, notice: string | null) => {
+    if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budgetBytes, plan.leastBytes);
+    const shape = plan.kind === 'streamed' ? plan.shape : undefined;
+    return { request: requestOf(plan.batchSize, shape, operatingPoint), budgetBytes, operatingPoint, notice };
+  };
+  if (predictor === undefined || exact) return planned(await decide(), null, null);
+  const predicted = await decide(predictor);
+  const point = choosePoint(predictor, predicted.plan, base.neuronCount);
+  if (predicted.plan.kind === 'resident') return planned(predicted, point, null);
+  const exactly = await decide();
+  const why = whyExact(predictor, predicted.plan, exactly.plan, point);
+  return why === null ? planned(predicted, point, null) : planned(exactly, null, why);
 }
 
-function shapeOf(plan: MemoryPlan): StreamShape | undefined {
-  return plan.kind === 'streamed' ? plan.shape : undefined;
+interface Decision {
+  plan: MemoryPlan;
+  budgetBytes: number;
 }
 
 /**
@@ -107,12 +110,18 @@ function choosePoint({ points }: PredictorEntry, plan: MemoryPlan, neuronCount: 
   return points.findLast(({ kept_share }) => shareOfNeurons(kept_share, neuronCount) <= kept) ?? null;
 }
 
-function whyExact({ points }: PredictorEntry, plan: MemoryPlan): string {
-  const why =
-    plan.kind === 'too_little'
-      ? `with it the model takes ${inMebibytes(plan.leastBytes)}`
-      : `its thresholds want ${Math.ceil(100 * points[0].kept_share)} % of the neurons in memory`;
-  return `the predictor is left out, ${why}: every neuron that fires is computed`;
+/** Why a model that does not fit with its predictor is not predicted, in words; null if it is. */
+function whyExact(
+  { points }: PredictorEntry,
+  predicted: MemoryPlan,
+  exactly: MemoryPlan,
+  point: OperatingPoint | null,
+): string | null {
+  const because = (why: string) => `the predictor is left out, ${why}: every neuron that fires is computed`;
+  if (predicted.kind === 'too_little') return because(`with it the model takes ${inMebibytes(predicted.leastBytes)}`);
+  if (exactly.kind === 'resident') return because('without it everything is in memory');
+  if (point !== null) return null;
+  return because(`its thresholds want ${Math.ceil(100 * points[0].kept_share)} % of the neurons in memory`);
 }
 
 /** What neurons take in memory and cost to read, to rank them by: what they really take the addon says. */
