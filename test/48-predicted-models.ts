@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t from 'tap';
 import { loadAddon } from '../src/engine/addon.js';
-import type { EngineRequest } from '../src/engine/contract.js';
+import type { EngineMemory, EngineRequest, NativeAddon } from '../src/engine/contract.js';
 import { Engine, type EngineOptions } from '../src/engine/engine.js';
 import { type Manifest, type OperatingPoint, PREDICTOR_FILE, type PredictorEntry } from '../src/format/manifest.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
@@ -26,15 +26,25 @@ interface Opened {
 }
 
 /** Opens a model; with the request that was sent. */
-async function open(model: ModelDirectory, options: Partial<EngineOptions>): Promise<Opened> {
+async function open(
+  model: ModelDirectory,
+  options: Partial<EngineOptions>,
+  changed: Partial<NativeAddon> = {},
+): Promise<Opened> {
   let request: EngineRequest | undefined;
   const openEngine = (sent: EngineRequest) => {
     request = sent;
     return addon.openEngine(sent);
   };
-  const engine = await Engine.open(model, { ...OPTIONS, ...options }, { ...addon, openEngine });
+  const engine = await Engine.open(model, { ...OPTIONS, ...options }, { ...addon, openEngine, ...changed });
   t.teardown(() => engine.close().catch(() => {}));
   return { engine, request: request as EngineRequest };
+}
+
+function enlarged(memory: EngineMemory): EngineMemory {
+  const { weightBytes, kvBytes, scratchBytes, loadBytes } = memory;
+  const sum = weightBytes + kvBytes + scratchBytes + loadBytes;
+  return { weightBytes: 1e4 * sum, kvBytes: 0, scratchBytes: 0, loadBytes: 0 };
 }
 
 /** An operating point; with thresholds of -Infinity in the file as the lowest number there is, every neuron is computed. */
@@ -113,6 +123,39 @@ t.test('in memory: the last point; --exact does not even read the predictor', as
   const changed = await logitsOf(some.engine);
   t.notOk(changed.equals(await logitsOf(some.engine, true)), 'thresholds of 0 leave neurons out');
   t.ok((await logitsOf(some.engine, true)).equals(await logitsOf(exact.engine)), 'an exact step does not');
+});
+
+t.test('from flash: the more memory the larger the point; with all neurons chosen it is exact mode', async (t) => {
+  const model = await modelWith('flash', [0, 0.3, 0.6, 0.9]);
+  const exact = await logitsOf((await open(model, { exact: true })).engine);
+  // Bytes count ten thousandfold, so that the process, whose size is never quite the same, counts for nothing.
+  const large = { memoryNeeded: (request: EngineRequest) => enlarged(addon.memoryNeeded(request)) };
+  const least = await open(model, { loadMode: 'direct', memory: { kind: 'min' } }, large);
+  t.equal(least.engine.operatingPoint?.kept_share, 0);
+  t.ok((await logitsOf(least.engine)).equals(exact));
+  const shares: number[] = [];
+  for (const extra of [0.2, 1, 2, 3, 4, 8]) {
+    const bytes = least.engine.budgetBytes + extra * 2 ** 30;
+    const { engine, request } = await open(model, { loadMode: 'direct', memory: { kind: 'bytes', bytes } }, large);
+    const { hotNeurons = [], residentGates = [] } = request.stream ?? {};
+    const share = engine.operatingPoint?.kept_share ?? Number.NaN;
+    shares.push(share);
+    t.ok(hotNeurons.every((hot) => hot >= share * request.neuronCount));
+    t.equal(Math.max(...residentGates), 0);
+    t.match(addon.memoryNeeded(request), {
+      weightBytes: engine.counters().weightBytes,
+      scratchBytes: engine.counters().scratchBytes,
+    });
+    t.ok((await logitsOf(engine)).equals(exact), `kept ${share}`);
+    t.equal(engine.regions?.gatesBytes, 0);
+  }
+  t.ok(
+    shares.every((share, i) => i === 0 || share >= shares[i - 1]),
+    `${shares}`,
+  );
+  t.equal(shares.at(-1), 0.9);
+  const whole = await open(model, { loadMode: 'direct' });
+  t.equal(whole.engine.regions?.rowsShare, 1);
 });
 
 t.test('points that want more in memory than there is: exact mode, and a line that says so', async (t) => {
