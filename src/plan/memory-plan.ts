@@ -23,7 +23,9 @@ const BATCH_SHARE = 1 / 8;
 export const BATCH_SIZE_MOST = 128;
 /**
  * A neuron that fires for this share of the tokens that reach its bank is kept for good: it is there from the first token on,
- * while slots begin empty. Rarer ones are better chosen by the text at hand; docs/STREAMING.md has the trial.
+ * while slots begin empty. Rarer ones are better chosen by the text at hand. Tried with a trained dReLU model of 8 layers at
+ * 60 % of its FFN, on 468 tokens it had not seen: 0.5 reads 1245 KiB a token in 52 reads, 0.05 1250 in 46, 0 1467 in 41; at
+ * 80 %: 899 in 21, 811 in 16, 801 in 15.
  */
 const HOT_RATE = 0.05;
 
@@ -126,7 +128,9 @@ function keepNeurons(question: MemoryQuestion, fits: (shape: StreamShape) => boo
   const hotMost = Array.from({ length: bankCount }, (_, bank) => hotCount(question, bank));
   const shapeOf = ({ gates, rows }: KeptCounts, wanted: number): StreamShape => {
     const kept = rows.map((count) => Math.max(count, wanted));
-    const hotNeurons = kept.map((count, bank) => Math.max(Math.min(count, hotMost[bank]), wanted));
+    // Where all have a place nothing is to be chosen.
+    const most = (bank: number) => (kept[bank] === neuronCount ? neuronCount : hotMost[bank]);
+    const hotNeurons = kept.map((count, bank) => Math.max(Math.min(count, most(bank)), wanted));
     const coldSlots = kept.map((count, bank) => count - hotNeurons[bank]);
     return { residentGates: gates, hotNeurons, coldSlots, stagingBytes: 0 };
   };
