@@ -38,7 +38,7 @@ function roundSizes({ bankCount, neuronCount, gateBytes, rowsBytes, tokenBytes }
   return (batchSize: number, shape?: StreamShape) => {
     const fixed = batchSize * tokenBytes + (predicted ? 5000 : 0);
     if (shape === undefined) return fixed + bankCount * neuronCount * (gateBytes + rowsBytes);
-    const staging = Math.max(shape.stagingBytes, CHUNK_NEURONS * (gateBytes + rowsBytes));
+    const staging = shape.prefetchBytes + Math.max(shape.stagingBytes, CHUNK_NEURONS * (gateBytes + rowsBytes));
     const slotBytes = rowsBytes + (predicted ? gateBytes : 0);
     const rows = total(shape.hotNeurons) + total(shape.coldSlots);
     return fixed + total(shape.residentGates) * gateBytes + rows * slotBytes + staging;
@@ -88,7 +88,9 @@ const anyQuestion = fc
         mode,
         costs: { gateBytes, rowsBytes, wholeReadBytes, rowsReadBytes },
         ...(firingRates === undefined ? {} : { firingRates }),
-        ...(keptShares === null ? {} : { keptShares: keptShares.sort((a, b) => a - b) }),
+        ...(keptShares === null
+          ? {}
+          : { keptShares: keptShares.sort((a, b) => a - b), canPrefetch: bankCount % 2 === 0 }),
         measure: roundSizes(sizes, keptShares !== null),
       }),
     );
@@ -111,6 +113,7 @@ function checkPlan(t: Test, q: MemoryQuestion, plan: MemoryPlan): number[] {
   t.ok(q.mode === 'stream' || q.budgetBytes < q.processBytes + q.measure(1), 'resident when it fits');
   const { residentGates, hotNeurons, coldSlots } = plan.shape;
   t.equal(plan.bytes, q.processBytes + q.measure(plan.batchSize, plan.shape));
+  t.ok(q.canPrefetch || plan.shape.prefetchBytes === 0);
   t.ok(residentGates.every((gates) => gates % CHUNK_NEURONS === 0 || gates === q.neuronCount));
   const rows = hotNeurons.map((hot, bank) => hot + coldSlots[bank]);
   t.ok(rows.every((count, bank) => count <= (q.keptShares ? q.neuronCount : residentGates[bank])));

@@ -156,6 +156,7 @@ t.test('from flash: the more memory the larger the point; with all neurons chose
   t.equal(shares.at(-1), 0.9);
   const whole = await open(model, { loadMode: 'direct' });
   t.equal(whole.engine.regions?.rowsShare, 1);
+  t.equal(whole.request.stream?.prefetchBytes, 2 * MIB, 'with plenty, guesses are read ahead');
 });
 
 t.test('points that want more in memory than there is: exact mode, and a line that says so', async (t) => {

@@ -70,6 +70,8 @@ export async function planRequest(
       measure: (batchSize, shape) =>
         sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
+      // Which experts are next nobody knows before attention.
+      canPrefetch: entry !== undefined && base.expertCount === 1,
     };
     if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
     let plan = planMemory(question);

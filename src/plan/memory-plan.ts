@@ -8,12 +8,16 @@
  * Beside neurons, some memory goes to reads on their way, and to tokens computed together. The planner knows nothing of bytes:
  * `measure` asks the engine, which is the one place that does.
  */
+import { PAGE_BYTES } from '../format/layout.js';
 import { type Banks, GROUP_NEURONS, KeepOrder, type KeptCounts } from './keep-order.js';
 
 /** Reads on their way and being computed, two halves of 2 MiB: more is better spent on neurons. */
 const STAGING_BYTES_MOST = 4 * 1024 * 1024;
 /** Staging is this share of what remains above the least, while that is little. */
 const STAGING_SHARE = 1 / 16;
+/** The same of neurons that a predictor guesses before attention: what a device can read meanwhile. */
+const PREFETCH_BYTES_MOST = 2 * 1024 * 1024;
+const PREFETCH_SHARE = 1 / 32;
 /** The same of tokens computed together: a prompt reads flash once for each batch, but a token of decoding has no use of it. */
 const BATCH_SHARE = 1 / 8;
 /**
@@ -35,6 +39,7 @@ export interface StreamShape {
   hotNeurons: number[];
   coldSlots: number[];
   stagingBytes: number;
+  prefetchBytes: number;
 }
 
 export interface MemoryQuestion extends Banks {
@@ -56,6 +61,8 @@ export interface MemoryQuestion extends Banks {
    * whole, since their gates are not what says whether they are needed.
    */
   keptShares?: readonly number[];
+  /** Whether the engine can read neurons ahead. */
+  canPrefetch?: boolean;
 }
 
 /** `bytes` is the process and the engine together; never more than the budget, unless it is too little. */
@@ -80,13 +87,19 @@ export function planMemory(question: MemoryQuestion): MemoryPlan {
   const nothing = emptyShape(question);
   const spare = budgetBytes - leastBytes;
   const forStaging = Math.min(STAGING_BYTES_MOST, STAGING_SHARE * spare);
+  const forPrefetch = question.canPrefetch ? Math.min(PREFETCH_BYTES_MOST, PREFETCH_SHARE * spare) : 0;
   const forBatch = Math.min(total(batchMost, nothing) - total(1, nothing), BATCH_SHARE * spare);
-  const neurons = keepNeurons(question, (shape) => total(1, shape) <= budgetBytes - forStaging - forBatch);
-  const batchSize = largestBatch(budgetBytes - forStaging, neurons);
-  const withStaging = (stagingBytes: number) => ({ ...neurons, stagingBytes });
-  const shape = withStaging(
-    mostThatFit(STAGING_BYTES_MOST, (bytes) => total(batchSize, withStaging(bytes)) <= budgetBytes),
+  const forReads = forStaging + forPrefetch;
+  const neurons = keepNeurons(question, (shape) => total(1, shape) <= budgetBytes - forReads - forBatch);
+  const batchSize = largestBatch(budgetBytes - forReads, neurons);
+  const fits = (shape: StreamShape, budget: number) => total(batchSize, shape) <= budget;
+  const stagingBytes = mostThatFit(STAGING_BYTES_MOST, (bytes) =>
+    fits({ ...neurons, stagingBytes: bytes }, budgetBytes - forPrefetch),
   );
+  const staged = { ...neurons, stagingBytes };
+  const withPages = (pages: number) => ({ ...staged, prefetchBytes: pages * PAGE_BYTES });
+  const pagesMost = question.canPrefetch ? PREFETCH_BYTES_MOST / PAGE_BYTES : 0;
+  const shape = withPages(mostThatFit(pagesMost, (pages) => fits(withPages(pages), budgetBytes)));
   return { kind: 'streamed', bytes: total(batchSize, shape), batchSize, shape };
 }
 
@@ -118,7 +131,7 @@ function mostThatFit(most: number, fits: (count: number) => boolean): number {
 
 function emptyShape({ bankCount }: MemoryQuestion): StreamShape {
   const zeros = new Array<number>(bankCount).fill(0);
-  return { residentGates: zeros, hotNeurons: zeros, coldSlots: zeros, stagingBytes: 0 };
+  return { residentGates: zeros, hotNeurons: zeros, coldSlots: zeros, stagingBytes: 0, prefetchBytes: 0 };
 }
 
 /** As many neurons as fit, in their order. */
@@ -132,7 +145,7 @@ function keepNeurons(question: MemoryQuestion, fits: (shape: StreamShape) => boo
     const most = (bank: number) => (kept[bank] === neuronCount ? neuronCount : hotMost[bank]);
     const hotNeurons = kept.map((count, bank) => Math.max(Math.min(count, most(bank)), wanted));
     const coldSlots = kept.map((count, bank) => count - hotNeurons[bank]);
-    return { residentGates: gates, hotNeurons, coldSlots, stagingBytes: 0 };
+    return { residentGates: gates, hotNeurons, coldSlots, stagingBytes: 0, prefetchBytes: 0 };
   };
   // What a point promises was measured with that share of each bank in memory from the first token on: so they are hot.
   const shares = keptShares.map((share) => shareOfNeurons(share, neuronCount));

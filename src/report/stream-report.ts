@@ -24,6 +24,9 @@ export interface StreamReport {
   /** Of the waiting time, that for gates and that for rows. */
   gate_stall_ms_per_token: number | null;
   row_stall_ms_per_token: number | null;
+  /** Neurons whose reads began before attention, and of those the ones that were wanted. */
+  prefetched_per_token: number | null;
+  prefetch_used_share: number | null;
 }
 
 /** The difference between two states of the counters. `decodeMs` is the time between them, `threads` how many compute. */
@@ -56,6 +59,8 @@ export function streamReport(
     stall_share: decodeMs > 0 ? stallMs / (threads * decodeMs) : null,
     gate_stall_ms_per_token: gateStallMs / tokens,
     row_stall_ms_per_token: rowStallMs / tokens,
+    prefetched_per_token: since('prefetched') / tokens,
+    prefetch_used_share: since('prefetched') > 0 ? since('prefetchUsed') / since('prefetched') : null,
   };
 }
 
@@ -72,6 +77,8 @@ const NOTHING_STREAMED: StreamReport = {
   stall_share: null,
   gate_stall_ms_per_token: null,
   row_stall_ms_per_token: null,
+  prefetched_per_token: null,
+  prefetch_used_share: null,
 };
 
 /** Words for how much of the neurons is in memory. */
