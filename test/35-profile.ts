@@ -12,7 +12,6 @@ import {
   emptyProfile,
   layerCounts,
   mergeProfiles,
-  profileShape,
 } from '../converter/activation/profile.js';
 import { decodeProfile, encodeProfile, readProfile, writeProfile } from '../converter/activation/profile-file.js';
 import { cutText, profileWindows } from '../converter/activation/profiler.js';
@@ -30,6 +29,7 @@ import { findWrongOrder, readHeatOrder } from '../src/format/heat-order.js';
 import { expertBytes } from '../src/format/layout.js';
 import { QUANTIZATIONS, type QuantizationName } from '../src/format/manifest.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
+import { profileShape } from '../src/format/profile-header.js';
 import { indexOfMaximum, Oracle } from './oracle/forward.js';
 import { compileProgram } from './support/compiled.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';

@@ -17,10 +17,11 @@ import { convert } from '../converter/convert.js';
 import { Pi2Error } from '../src/base/error.js';
 import { loadAddon } from '../src/engine/addon.js';
 import type { EngineCounters, EngineRequest, NativeEngine } from '../src/engine/contract.js';
-import { BATCH_SIZE, Engine, type EngineOptions } from '../src/engine/engine.js';
+import { Engine, type EngineOptions } from '../src/engine/engine.js';
 import { cutWindows, measurePerplexity } from '../src/engine/evaluate.js';
 import { QUANTIZATIONS, type QuantizationName } from '../src/format/manifest.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
+import { BATCH_SIZE_MOST } from '../src/plan/memory-plan.js';
 import { Oracle } from './oracle/forward.js';
 import type { Transform } from './oracle/load.js';
 import { decodedWeights } from './support/decoded-weights.js';
@@ -110,7 +111,7 @@ async function logitsOf(engine: Engine, tokens: readonly number[], ...steps: num
     const length = steps.length === 0 ? tokens.length : steps[Math.min(i, steps.length - 1)];
     const piece = Int32Array.from(tokens.slice(position, position + length));
     const logits = new Float32Array(piece.length * engine.vocabSize);
-    await engine.step(piece, position, logits, true);
+    await engine.step(piece, position, logits, { all: true });
     for (let row = 0; row < piece.length; row++) {
       rows.push(logits.subarray(row * engine.vocabSize, (row + 1) * engine.vocabSize));
     }
@@ -185,7 +186,7 @@ for (const [name, options] of Object.entries(MODELS) as [ModelName, CheckpointOp
 
 for (const [name, options] of Object.entries(MODELS) as [ModelName, CheckpointOptions][]) {
   t.test(`${name}: the same bits whatever threads and steps, nearly the same on every kernel set`, async (t) => {
-    const tokens = randomTokens(BATCH_SIZE + 22);
+    const tokens = randomTokens(BATCH_SIZE_MOST + 22);
     for (const quantization of QUANTIZATIONS) {
       const directory = await modelOf(name, quantization);
       let scalar: Float32Array[] = [];
@@ -295,7 +296,7 @@ t.test('steps that cannot be are refused and change nothing', async (t) => {
   const logits = await logitsOf(engine, tokens);
   const one = new Float32Array(engine.vocabSize);
   const step = (ids: number[], position: number, target = one, all = false) =>
-    engine.step(Int32Array.from(ids), position, target, all);
+    engine.step(Int32Array.from(ids), position, target, { all });
   await refused(t, step([], 20), 'NATIVE_ARGUMENT', /at least one token/);
   await refused(t, step([ODD.vocab], 20), 'NATIVE_ARGUMENT', /token 301 is not in the vocabulary/);
   await refused(t, step([5, -1], 20), 'NATIVE_ARGUMENT', /token -1/);

@@ -12,14 +12,7 @@ import { Engine, type EngineOptions } from '../src/engine/engine.js';
 import { likeliest } from '../src/engine/sampler.js';
 import type { QuantizationName } from '../src/format/manifest.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
-import { budgetBytes, parseMemoryLimit } from '../src/plan/memory-limit.js';
-import {
-  CHUNK_NEURONS,
-  leastMemory,
-  type MemoryQuestion,
-  planMemory,
-  type StreamShape,
-} from '../src/plan/memory-plan.js';
+import { CHUNK_NEURONS } from '../src/plan/keep-order.js';
 import { buildProgram, finish, jsonLines, runCli, startCli } from './support/cli.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
@@ -175,74 +168,6 @@ t.test('trained models, 64 greedy tokens: streamed is resident, bit for bit', as
   }
 });
 
-/** Sizes like an engine's, but round ones. */
-function roundSizes(question: Pick<MemoryQuestion, 'bankCount' | 'neuronCount'>, gateBytes: number, rowBytes: number) {
-  return (shape?: StreamShape) => {
-    if (shape === undefined) return question.bankCount * question.neuronCount * (gateBytes + rowBytes);
-    const sum = (counts: number[]) => counts.reduce((total, count) => total + count, 0);
-    const staging = Math.max(shape.stagingBytes, CHUNK_NEURONS * (gateBytes + rowBytes));
-    return sum(shape.residentGates) * gateBytes + (sum(shape.hotNeurons) + sum(shape.coldSlots)) * rowBytes + staging;
-  };
-}
-
-t.test('plans: never over budget, never worse with more, whole chunks of gates, rows after gates', (t) => {
-  const rates = (bankCount: number, neuronCount: number) =>
-    fc.array(
-      fc
-        .array(fc.double({ min: 0, max: 1, noNaN: true }), { minLength: neuronCount, maxLength: neuronCount })
-        .map((bank) => bank.sort((a, b) => b - a)),
-      { minLength: bankCount, maxLength: bankCount },
-    );
-  const sizes = fc.record({
-    bankCount: fc.integer({ min: 1, max: 9 }),
-    neuronCount: fc.integer({ min: 1, max: 400 }),
-    gateBytes: fc.integer({ min: 1, max: 3000 }),
-    rowBytes: fc.integer({ min: 1, max: 6000 }),
-    processBytes: fc.nat(1e6),
-    mode: fc.constantFrom('auto' as const, 'resident' as const, 'stream' as const),
-  });
-  const question = sizes.chain(({ gateBytes, rowBytes, ...rest }) =>
-    fc.option(rates(rest.bankCount, rest.neuronCount), { nil: undefined }).map(
-      (firingRates): Omit<MemoryQuestion, 'budgetBytes'> => ({
-        ...rest,
-        ...(firingRates === undefined ? {} : { firingRates }),
-        measure: roundSizes(rest, gateBytes, rowBytes),
-      }),
-    ),
-  );
-  const total = (counts: number[]) => counts.reduce((sum, count) => sum + count, 0);
-  const share = fc.double({ min: 0, max: 1.2, noNaN: true });
-  const property = fc.property(question, share, share, (q, shareA, shareB) => {
-    const resident = q.processBytes + q.measure();
-    const least = leastMemory({ ...q, budgetBytes: 0 });
-    const most = 1.3 * Math.max(resident, least);
-    const budgets = [shareA, shareB].sort((a, b) => a - b).map((s) => Math.floor(s * most));
-    const plans = [...budgets, least].map((budget) => planMemory({ ...q, budgetBytes: budget }));
-    const kept = plans.map((plan, i) => {
-      const budget = [...budgets, least][i];
-      if (plan.kind === 'too_little') {
-        t.equal(plan.leastBytes, least);
-        t.ok(budget < least);
-        return [-1, -1];
-      }
-      t.ok(plan.bytes <= budget, 'within the budget');
-      if (plan.kind === 'resident') return [Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY];
-      t.ok(q.mode === 'stream' || budget < resident, 'resident when it fits');
-      const { residentGates, hotNeurons, coldSlots } = plan.shape;
-      t.equal(plan.bytes, q.processBytes + q.measure(plan.shape));
-      t.ok(residentGates.every((gates) => gates % CHUNK_NEURONS === 0 || gates === q.neuronCount));
-      const all = residentGates.every((gates) => gates === q.neuronCount);
-      t.ok(all || total(hotNeurons) + total(coldSlots) === 0, 'gates first');
-      t.ok(hotNeurons.every((hot, bank) => hot + coldSlots[bank] <= q.neuronCount));
-      return [total(residentGates), total(hotNeurons) + total(coldSlots)];
-    });
-    t.ok(kept[0][0] <= kept[1][0] && kept[0][1] <= kept[1][1], 'more memory, no less kept');
-    t.not(plans[2].kind, 'too_little', 'the least does');
-  });
-  fc.assert(property, { numRuns: 300 });
-  t.end();
-});
-
 t.test('what the planner counts is what the engine takes; the least really opens', async (t) => {
   for (const name of ['model-0/bamboo-q4.pi2', 'model-2/mixtral-q4.pi2', 'model-5/opt-f16.pi2']) {
     const model = await openModelDirectory(join(scratch, name));
@@ -279,21 +204,6 @@ t.test('what the planner counts is what the engine takes; the least really opens
     const wrong = { ...request, stream: streamOf(request, plan) };
     await t.rejects(addon.openEngine(wrong), { code: 'NATIVE_ARGUMENT' }, JSON.stringify(plan));
   }
-});
-
-t.test('limits of memory, as people write them', (t) => {
-  t.strictSame(parseMemoryLimit('3G'), { kind: 'bytes', bytes: 3 * 2 ** 30 });
-  t.strictSame(parseMemoryLimit('50%'), { kind: 'share', percent: 50 });
-  t.strictSame(parseMemoryLimit('min'), { kind: 'min' });
-  for (const wrong of ['', '0', '0%', '101%', 'max', '3X', '-1G', '%']) {
-    t.throws(() => parseMemoryLimit(wrong), { code: 'E_USAGE' }, wrong);
-  }
-  t.equal(
-    budgetBytes({ kind: 'share', percent: 50 }, 7),
-    Math.floor(budgetBytes({ kind: 'share', percent: 100 }, 7) / 2),
-  );
-  t.ok(budgetBytes(undefined, 7) > 7);
-  t.end();
 });
 
 t.test('a read that fails or ends early: words, a code, and the next step is right', async (t) => {

@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import t from 'tap';
 import type { EngineCounters } from '../src/engine/contract.js';
-import { BATCH_SIZE, chooseContext, Engine, nativeError, type StepEngine } from '../src/engine/engine.js';
+import { chooseContext, Engine, nativeError, type StepEngine, type StepOptions } from '../src/engine/engine.js';
 import { cutWindows, evaluateSequence, measurePerplexity, negativeLogLikelihood } from '../src/engine/evaluate.js';
 import { type GenerateOptions, Generation, requirePrompt } from '../src/engine/generate.js';
 import { seededRandom } from '../src/engine/random.js';
@@ -147,7 +147,10 @@ t.test('random numbers: the same for a seed, uniform, different for another', (t
 
 /** A model that follows token n by n + 1 (modulo its vocabulary) and checks that its cache is filled in order. */
 class CountingEngine implements StepEngine {
+  readonly batchSize = 7;
   readonly steps: number[][] = [];
+  /** Which of the steps were to be exact. */
+  readonly exact: boolean[] = [];
   #filled = 0;
 
   constructor(
@@ -155,11 +158,17 @@ class CountingEngine implements StepEngine {
     readonly vocabSize = 10,
   ) {}
 
-  async step(tokens: Int32Array, position: number, logits: Float32Array, all = false): Promise<void> {
+  async step(
+    tokens: Int32Array,
+    position: number,
+    logits: Float32Array,
+    { all, exact }: StepOptions = {},
+  ): Promise<void> {
     if (position !== 0 && position !== this.#filled) throw new Error(`position ${position}, filled ${this.#filled}`);
     this.#filled = position + tokens.length;
     if (this.#filled > this.contextLength) throw new Error('beyond the context');
     this.steps.push([...tokens]);
+    this.exact.push(exact === true);
     const rows = all ? [...tokens] : [tokens[tokens.length - 1]];
     logits.fill(0);
     rows.forEach((token, row) => {
@@ -204,12 +213,13 @@ t.test('generation ends with an end token, enough tokens, a full context or an a
 
 t.test('a prompt is computed in batches, a token at a time after it; each is timed', async (t) => {
   const engine = new CountingEngine(1000);
-  const prompt = Array.from({ length: 2 * BATCH_SIZE + 1 }, (_, i) => i % 10);
+  const prompt = Array.from({ length: 15 }, (_, i) => i % 10);
   const { timings } = await generate(engine, { prompt, maxTokens: 3 });
   t.strictSame(
     engine.steps.map((step) => step.length),
-    [BATCH_SIZE, BATCH_SIZE, 1, 1, 1],
+    [7, 7, 1, 1, 1],
   );
+  t.strictSame(engine.exact, [true, true, true, false, false], 'no prediction in prefill');
   t.strictSame(engine.steps.slice(0, 3).flat(), prompt);
   t.match(timings, { promptTokens: prompt.length, generatedTokens: 3 });
   t.equal(timings.latenciesMs.length, 2);
@@ -367,13 +377,20 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
       reads: 3 * tokens,
       askedBytes: 100 * tokens,
       readBytes: 200 * tokens,
-      usedBytes: 0,
-      sparedBytes: 0,
+      usedBytes: 50 * tokens,
+      sparedBytes: 10 * tokens,
       gateStallNs: 1e6 * tokens,
       rowStallNs: 3e6 * tokens,
       prefetched: 0,
       prefetchUsed: 0,
       storage: 'direct, io_uring',
+    },
+    predictor: {
+      ns: 1e6 * tokens,
+      weightBytesRead: 0,
+      scored: 40 * tokens,
+      chosen: 5 * tokens,
+      skippedOnFlash: tokens,
     },
   });
   const engine = {
@@ -385,6 +402,9 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     budgetBytes: 5000,
     storage: 'direct, io_uring',
     gatesResidentShare: 0.5,
+    regions: { gatesBytes: 1000, hotBytes: 0, coldBytes: 2048, rowsShare: 0.25 },
+    operatingPoint: null,
+    batchSize: 16,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
   const facts = { manifest: model.manifest, engine, timings, stopReason: 'length', seed: 7 } as const;
@@ -406,12 +426,21 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     storage: 'direct, io_uring',
     memory_budget_bytes: 5000,
     gates_resident_share: 0.5,
+    rows_resident_share: 0.25,
+    cold_bytes: 2048,
+    batch_size: 16,
+    kept_share: null,
+    neurons_computed_share: null,
     hot_hit_share: 0.5,
     cold_hit_share: 0.25,
     miss_share: 0.25,
     flash_asked_bytes_per_token: 100,
     flash_read_bytes_per_token: 200,
     flash_reads_per_token: 3,
+    flash_used_bytes_per_token: 50,
+    flash_spared_bytes_per_token: 10,
+    gate_stall_ms_per_token: 1,
+    row_stall_ms_per_token: 3,
     stall_ms_per_token: 4,
     stall_share: 0.1,
     seed: 7,
@@ -421,7 +450,29 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
   t.ok(report.peak_memory_bytes > 10e6);
   t.match(formatRunReport(report), /decode +3 tokens, 50\.00 tokens\/s\n/);
   t.match(formatRunReport(report), /neurons found +hot 50\.0 %, cold 25\.0 %, on flash 25\.0 %/);
-  const whole = { ...engine, storage: 'resident', gatesResidentShare: 1 };
+  t.match(formatRunReport(report), /neurons kept +gates 1000 B \(50\.0 %\), hot 0 B, cold 2\.00 KiB \(25\.0 %\)/);
+  const point = { kept_share: 0.25, perplexity: 10.1 };
+  const predicted = runReport({
+    ...facts,
+    manifest: { ...model.manifest, predictor: { quality: { exact_perplexity: 10 } } as never },
+    engine: { ...engine, operatingPoint: point as never },
+    countersAfterPrompt: counters(20, 500),
+    counters: counters(22, 900),
+  });
+  t.match(predicted, {
+    kept_share: 0.25,
+    perplexity_ratio: 1.01,
+    neurons_computed_per_token: 5,
+    neurons_skipped_per_token: 1,
+    neurons_computed_share: 0.125,
+    predictor_ms_per_token: 1,
+    predictor_share: 0.025,
+  });
+  t.match(
+    formatRunReport(predicted),
+    /neurons predicted +12\.5 % computed, 1\.0 a token left on flash; perplexity x1\.01/,
+  );
+  const whole = { ...engine, storage: 'resident', gatesResidentShare: 1, regions: null };
   const { stream: _, ...residentCounters } = counters(22, 900);
   const resident = runReport({
     ...facts,

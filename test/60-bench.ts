@@ -46,7 +46,7 @@ for (const { name, activation } of SHAPES) {
     t.teardown(() => engine.close());
     const tokens = Int32Array.from({ length: 32 }, (_, i) => (i * 37) % SMALL.vocabSize);
     const logits = new Float32Array(tokens.length * SMALL.vocabSize);
-    await engine.step(tokens, 0, logits, true);
+    await engine.step(tokens, 0, logits, { all: true });
     const spread = deviation(Array.from(logits));
     t.ok(spread > 0.1 && spread < 10, `logits spread by ${spread}`);
   });

@@ -1,4 +1,5 @@
-import { type ActivationProfile, BATCH_SIZES_MOST, emptyProfile, layerNeurons, type ProfileShape } from './profile.js';
+import { BATCH_SIZES_MOST, layerNeurons, type ProfileShape } from '../../src/format/profile-header.js';
+import { type ActivationProfile, emptyProfile } from './profile.js';
 
 /** Counts, token by token, the bits that the engine says. Neurons are counted as they lie and sorted back at the end. */
 export class FiringCounter {

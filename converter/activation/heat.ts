@@ -3,6 +3,7 @@ import { resolve } from 'node:path';
 import { Pi2Error } from '../../src/base/error.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { FORMAT_VERSION, PROFILE_FILE, type QuantizationName } from '../../src/format/manifest.js';
+import { profileShape } from '../../src/format/profile-header.js';
 import type { Checkpoint } from '../checkpoint/checkpoint.js';
 import { recipeFor } from '../quantize/recipe.js';
 import { sourceFiles, sourceStates } from '../sources.js';
@@ -11,7 +12,7 @@ import { CONVERTER } from '../write/manifest.js';
 import { type Output, type OutputFile, writeSynced } from '../write/output.js';
 import { calibrate } from './calibrate.js';
 import { type HeatOrder, heatOrder } from './heat-order.js';
-import { type ActivationProfile, profileShape, requireShape } from './profile.js';
+import { type ActivationProfile, requireShape } from './profile.js';
 import { decodeProfile, readProfileBytes } from './profile-file.js';
 
 /** What the heat order of a conversion is made of. */

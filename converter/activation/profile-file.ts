@@ -1,32 +1,31 @@
 import { lstat, open, rename, rm } from 'node:fs/promises';
 import { crc32 } from 'node:zlib';
 import { fileError, Pi2Error } from '../../src/base/error.js';
-import { LIMITS } from '../../src/format/hyperparameters.js';
 import type { ModelDirectory } from '../../src/format/model-directory.js';
+import {
+  BATCH_SIZES_MOST,
+  CRC_BYTES,
+  damagedProfile as damaged,
+  decodeProfileHeader,
+  HEADER_BYTES,
+  layerNeurons,
+  PROFILE_MAGIC,
+  PROFILE_VERSION,
+  profileLayout,
+  TEXT_BYTES,
+} from '../../src/format/profile-header.js';
 import { writeSynced } from '../write/output.js';
-import { type ActivationProfile, BATCH_SIZES_MOST, layerNeurons, type ProfileShape, TOKENS_MAX } from './profile.js';
+import { type ActivationProfile, TOKENS_MAX } from './profile.js';
 
-/** First bytes of an activation profile. Frozen. */
-const MAGIC = Buffer.from('pi2prof\0', 'latin1');
-/** Version that is written, and the newest that is read. */
-const VERSION = 1;
-/** Bytes before the texts, and of each text. FORMAT.md section 5. */
-const HEADER_BYTES = 96;
-const TEXT_BYTES = 40;
-const CRC_BYTES = 4;
-/** More texts than anybody merges. */
-const TEXTS_MAX = 1 << 16;
 /** A profile is read whole. The largest mixtures known take a quarter of this. */
 const FILE_BYTES_MAX = 2 ** 31 - 1;
-
-const MAKE_AGAIN = 'make it again: powerinfer2 profile -m NAME.pi2 -f TEXT';
 
 /** The bytes of a profile file; FORMAT.md section 5. */
 export function encodeProfile(profile: ActivationProfile): Buffer {
   const { shape, texts, batches, following, shared } = profile;
-  const bytes = Buffer.alloc(fileBytes(shape, texts.length));
-  MAGIC.copy(bytes);
-  const words = [VERSION, shape.layers, shape.experts, shape.neurons, texts.length, 0];
+  const bytes = Buffer.alloc(profileLayout(shape, texts.length).bytes);
+  PROFILE_MAGIC.copy(bytes);
+  const words = [PROFILE_VERSION, shape.layers, shape.experts, shape.neurons, texts.length, 0];
   for (const [i, word] of words.entries()) bytes.writeUInt32LE(word, 8 + 4 * i);
   for (const [i, count] of batches.entries()) bytes.writeBigUInt64LE(BigInt(count), 32 + 8 * i);
   Buffer.from(profile.checkpoint, 'hex').copy(bytes, 64);
@@ -52,47 +51,29 @@ export function encodeProfile(profile: ActivationProfile): Buffer {
 /** Reads the bytes of a profile file; `where` names it in errors. Throws `Pi2Error` E_PROFILE and nothing else. */
 export function decodeProfile(bytes: Uint8Array, where: string): ActivationProfile {
   const view = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (view.length < HEADER_BYTES + CRC_BYTES || !view.subarray(0, MAGIC.length).equals(MAGIC)) {
-    throw new Pi2Error('E_PROFILE', `${where} is not an activation profile`, MAKE_AGAIN);
-  }
-  const [version, layers, experts, neurons, textCount] = Array.from({ length: 5 }, (_, i) =>
-    view.readUInt32LE(8 + 4 * i),
-  );
-  if (version > VERSION) {
-    throw new Pi2Error(
-      'E_PROFILE',
-      `${where} was made by a newer powerinfer2: profile version ${version}, this one reads ${VERSION}`,
-      'update powerinfer2, or make the profile again with this version',
-    );
-  }
-  const shape = { layers, experts, neurons };
-  const possible =
-    layers <= LIMITS.layers && experts <= LIMITS.experts && neurons <= LIMITS.intermediate && textCount <= TEXTS_MAX;
-  const expected = possible ? fileBytes(shape, textCount) : Number.NaN;
-  if (view.length !== expected) throw damaged(where, `it has ${view.length} bytes, its header speaks of ${expected}`);
+  const header = decodeProfileHeader(view, view.length, where);
+  const { shape } = header;
   const end = view.length - CRC_BYTES;
   if (crc32(view.subarray(0, end)) !== view.readUInt32LE(end)) throw damaged(where, 'its checksum is wrong');
 
   const number = (at: number) => Number(view.readBigUInt64LE(at));
-  const texts = Array.from({ length: textCount }, (_, i) => {
+  const texts = Array.from({ length: header.texts }, (_, i) => {
     const at = HEADER_BYTES + i * TEXT_BYTES;
     return { sha256: view.subarray(at, at + 32).toString('hex'), tokens: number(at + 32) };
   });
-  const overlaps = HEADER_BYTES + textCount * TEXT_BYTES;
-  const routedAt = overlaps + 16 * layers;
-  const firedAt = routedAt + 4 * layers * experts;
+  const { overlaps, routed, fired } = profileLayout(shape, header.texts);
   const profile: ActivationProfile = {
     shape,
     checkpoint: view.subarray(64, 96).toString('hex'),
     texts,
-    batches: Array.from({ length: BATCH_SIZES_MOST }, (_, i) => number(32 + 8 * i)),
-    following: Array.from({ length: layers }, (_, layer) => number(overlaps + 16 * layer)),
-    shared: Array.from({ length: layers }, (_, layer) => number(overlaps + 16 * layer + 8)),
-    routed: counts(view, routedAt, firedAt),
-    fired: counts(view, firedAt, end),
+    batches: header.batches,
+    following: Array.from({ length: shape.layers }, (_, layer) => number(overlaps + 16 * layer)),
+    shared: Array.from({ length: shape.layers }, (_, layer) => number(overlaps + 16 * layer + 8)),
+    routed: counts(view, routed, fired),
+    fired: counts(view, fired, end),
   };
   const problem = findProblem(profile);
-  if (version !== VERSION || problem) throw damaged(where, problem ?? `there is no profile version ${version}`);
+  if (problem) throw damaged(where, problem);
   return profile;
 }
 
@@ -148,20 +129,14 @@ export async function requireReplaceable(path: string): Promise<void> {
     throw fileError(error, 'look at', path);
   });
   if (found === null) return;
-  const start = Buffer.alloc(MAGIC.length);
+  const start = Buffer.alloc(PROFILE_MAGIC.length);
   if (found.isFile()) {
     const file = await open(path, 'r').catch((error: unknown) => Promise.reject(fileError(error, 'read', path)));
     await file.read(start, 0, start.length, 0).finally(() => file.close());
   }
-  if (!start.equals(MAGIC)) {
+  if (!start.equals(PROFILE_MAGIC)) {
     throw new Pi2Error('E_EXISTS', `${path} exists and is not an activation profile`, 'give another name with -o');
   }
-}
-
-function fileBytes(shape: ProfileShape, texts: number): number {
-  const { layers, experts } = shape;
-  const tables = 16 * layers + 4 * layers * experts + 4 * layers * BATCH_SIZES_MOST * layerNeurons(shape);
-  return HEADER_BYTES + TEXT_BYTES * texts + tables + CRC_BYTES;
 }
 
 /** Numbers at an offset that need not suit an array of them. */
@@ -184,8 +159,4 @@ function findProblem(profile: ActivationProfile): string | null {
     if (fired[i] > batches[Math.floor(i / table) % BATCH_SIZES_MOST]) return 'a neuron fired more often than it could';
   }
   return null;
-}
-
-function damaged(where: string, what: string): Pi2Error {
-  return new Pi2Error('E_PROFILE', `${where} is damaged: ${what}`, MAKE_AGAIN);
 }

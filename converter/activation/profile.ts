@@ -1,20 +1,10 @@
 import { createHash } from 'node:crypto';
 import { Pi2Error } from '../../src/base/error.js';
-import { expertCount, type Hyperparameters } from '../../src/format/hyperparameters.js';
-
-/** Batch sizes that a profile has counts for: 1 to this. Frozen: the file has a table for each. */
-export const BATCH_SIZES_MOST = 4;
+import type { Hyperparameters } from '../../src/format/hyperparameters.js';
+import { BATCH_SIZES_MOST, layerNeurons, type ProfileShape, profileShape } from '../../src/format/profile-header.js';
 
 /** Counts are stored as u32. */
 export const TOKENS_MAX = 0xffffffff;
-
-export interface ProfileShape {
-  layers: number;
-  /** 1 for a dense FFN. */
-  experts: number;
-  /** Of one expert. */
-  neurons: number;
-}
 
 /**
  * How often neurons fired on calibration text, in the order of the checkpoint; FORMAT.md section 5. A batch of b is b
@@ -38,21 +28,11 @@ export interface ActivationProfile {
   fired: Uint32Array;
 }
 
-/** Neurons of a layer, over its experts. */
-export function layerNeurons({ experts, neurons }: ProfileShape): number {
-  return experts * neurons;
-}
-
 /** The counts [experts x neurons] of a layer for batches of `batch` tokens. */
 export function layerCounts(profile: ActivationProfile, layer: number, batch = 1): Uint32Array {
   const count = layerNeurons(profile.shape);
   const start = (layer * BATCH_SIZES_MOST + batch - 1) * count;
   return profile.fired.subarray(start, start + count);
-}
-
-/** The shape of the profiles of a model. */
-export function profileShape(h: Hyperparameters): ProfileShape {
-  return { layers: h.layer_count, experts: expertCount(h), neurons: h.neuron_count };
 }
 
 /** A profile that has counted nothing. */

@@ -1,11 +1,12 @@
 import { createHash } from 'node:crypto';
 import { Pi2Error } from '../../src/base/error.js';
-import { BATCH_SIZE, type Engine } from '../../src/engine/engine.js';
+import type { Engine } from '../../src/engine/engine.js';
 import { readHeatOrder } from '../../src/format/heat-order.js';
 import type { ModelDirectory } from '../../src/format/model-directory.js';
+import { profileShape } from '../../src/format/profile-header.js';
 import { TextTokenizer } from '../../src/text/tokenizer.js';
 import { FiringCounter } from './counter.js';
-import { type ActivationProfile, checkpointDigest, profileShape } from './profile.js';
+import { type ActivationProfile, checkpointDigest } from './profile.js';
 
 /** Tokens of a window where nothing else is asked for; a model with a shorter context takes its own. */
 export const PROFILE_CONTEXT = 512;
@@ -72,7 +73,7 @@ export async function profileWindows(
   for (let layer = 0; layer < shape.layers; layer++) orders.push(await readHeatOrder(model, layer));
   const counter = new FiringCounter(shape, checkpointDigest(h, provenance.sources), orders);
   const { firedBytesPerToken, routedBytesPerToken } = engine;
-  const most = Math.max(1, Math.min(BATCH_SIZE, Math.floor(FIRED_BYTES_MAX / firedBytesPerToken)));
+  const most = Math.max(1, Math.min(engine.batchSize, Math.floor(FIRED_BYTES_MAX / firedBytesPerToken)));
   const record = {
     fired: new Uint8Array(most * firedBytesPerToken),
     routed: new Uint8Array(most * routedBytesPerToken),
@@ -88,7 +89,7 @@ export async function profileWindows(
     counter.beginWindow();
     for (let position = 0; position < window.length; position += most) {
       const tokens = Int32Array.from(window.slice(position, position + most));
-      await engine.step(tokens, position, logits, false, record);
+      await engine.step(tokens, position, logits, { exact: true, ...record });
       for (let t = 0; t < tokens.length; t++) {
         counter.add(
           record.fired.subarray(t * firedBytesPerToken, (t + 1) * firedBytesPerToken),

@@ -1,4 +1,5 @@
-import { type ActivationProfile, BATCH_SIZES_MOST, layerCounts, layerNeurons } from './profile.js';
+import { BATCH_SIZES_MOST, layerNeurons } from '../../src/format/profile-header.js';
+import { type ActivationProfile, layerCounts } from './profile.js';
 
 /** How much of all activations the covering share is about. */
 const COVERED = 0.8;

@@ -1,6 +1,6 @@
 import { Pi2Error } from '../../src/base/error.js';
 import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine/contract.js';
-import { nativeLayout } from '../../src/engine/engine.js';
+import { nativeLayout } from '../../src/engine/engine-request.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
 import type { Checkpoint } from '../checkpoint/checkpoint.js';

@@ -1,11 +1,19 @@
 import { open, rename, rm, stat } from 'node:fs/promises';
 import { Command } from 'commander';
 import { fileError, Pi2Error } from '../base/error.js';
-import { chooseContext, Engine } from '../engine/engine.js';
+import { chooseContext } from '../engine/engine.js';
 import { evaluateSequence } from '../engine/evaluate.js';
 import { requireTokens } from '../engine/generate.js';
 import { openModelDirectory } from '../format/model-directory.js';
-import { addEngineOptions, addModelOption, type EngineFlags, engineOptions, parseTokens } from './options.js';
+import { openEngine } from './open-engine.js';
+import {
+  addEngineOptions,
+  addExactOption,
+  addModelOption,
+  type EngineFlags,
+  engineOptions,
+  parseTokens,
+} from './options.js';
 import { log, Progress, throwIfInterrupted, withInterrupt } from './output.js';
 
 interface EvalFlags extends EngineFlags {
@@ -20,7 +28,7 @@ export function evalCommand(): Command {
   addModelOption(command)
     .requiredOption('--tokens <ids>', 'the tokens: 1,2,3', parseTokens)
     .requiredOption('--logits <file>', 'where to write: float32, little-endian, positions x vocabulary');
-  addEngineOptions(command);
+  addExactOption(addEngineOptions(command));
   command.addHelpText(
     'after',
     `
@@ -44,7 +52,7 @@ async function evaluate(flags: EvalFlags): Promise<void> {
   }
   await withInterrupt(async (signal) => {
     // No more of the cache is opened than the tokens need.
-    const engine = await Engine.open(model, { ...engineOptions(flags), context: tokens.length });
+    const engine = await openEngine(model, { ...engineOptions(flags), context: tokens.length });
     const progress = new Progress();
     try {
       await writeWhole(flags.logits, async (write) => {

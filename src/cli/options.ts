@@ -14,6 +14,7 @@ export interface EngineFlags {
   memory?: MemoryLimit;
   loadMode: LoadMode;
   verifyReads?: boolean;
+  exact?: boolean;
 }
 
 /** Options of every command that chooses tokens. */
@@ -58,6 +59,11 @@ export function addEngineOptions(
   return command;
 }
 
+/** Adds `--exact`, for commands that may predict which neurons contribute. */
+export function addExactOption(command: Command): Command {
+  return command.option('--exact', 'compute every neuron that fires, as if the model had no predictor');
+}
+
 /** Adds the options of sampling, with llama.cpp's names, meanings and defaults. */
 export function addSamplingOptions(command: Command): Command {
   const defaults = SAMPLING_DEFAULTS;
@@ -79,7 +85,7 @@ export function addSamplingOptions(command: Command): Command {
   return command;
 }
 
-/** The flags of `addEngineOptions` as the engine takes them. */
+/** The flags of `addEngineOptions` and `addExactOption` as the engine takes them. */
 export function engineOptions(flags: EngineFlags): EngineOptions {
   return {
     context: flags.ctxSize,
@@ -88,6 +94,7 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     ...(flags.memory === undefined ? {} : { memory: flags.memory }),
     loadMode: flags.loadMode,
     verifyReads: flags.verifyReads === true,
+    exact: flags.exact === true,
   };
 }
 

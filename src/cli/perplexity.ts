@@ -1,12 +1,13 @@
 import { Command } from 'commander';
 import { Pi2Error } from '../base/error.js';
-import { chooseContext, Engine } from '../engine/engine.js';
+import { chooseContext } from '../engine/engine.js';
 import { cutWindows, measurePerplexity } from '../engine/evaluate.js';
 import { requireTokens } from '../engine/generate.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
 import { TextTokenizer } from '../text/tokenizer.js';
-import { addEngineOptions, addModelOption, type EngineFlags, engineOptions } from './options.js';
+import { openEngine } from './open-engine.js';
+import { addEngineOptions, addExactOption, addModelOption, type EngineFlags, engineOptions } from './options.js';
 import { log, Progress, throwIfInterrupted, withInterrupt, writeJson, writeOut } from './output.js';
 
 interface PerplexityFlags extends EngineFlags {
@@ -25,6 +26,7 @@ export function perplexityCommand(): Command {
   const command = new Command('perplexity').description('measure how well a model predicts a text');
   addModelOption(command).requiredOption('-f, --file <file>', 'a UTF-8 text file');
   addEngineOptions(command, `tokens in a window; 0 is ${CONTEXT_DEFAULT} or the model’s own if that is shorter`);
+  addExactOption(command);
   command.option('--json', 'the result as one JSON object on stdout').addHelpText(
     'after',
     `
@@ -63,7 +65,7 @@ async function perplexity(flags: PerplexityFlags): Promise<void> {
   const firsts = bos === null ? 'the tokenizer has no BOS: the first token of each is not predicted' : `BOS is ${bos}`;
   log(`${tokens.length} tokens, ${windowCount} windows of ${windowTokens}; ${firsts}`);
   const result = await withInterrupt(async (signal) => {
-    const engine = await Engine.open(model, { ...engineOptions(flags), context: contextLength });
+    const engine = await openEngine(model, { ...engineOptions(flags), context: contextLength });
     const progress = new Progress();
     try {
       return await measurePerplexity(engine, cutWindows(tokens, contextLength, bos), (soFar) => {

@@ -118,7 +118,7 @@ async function count(modelPath: string, textPath: string, flags: ProfileFlags): 
   log(`${total} tokens in ${calibration.windows.length} windows of ${context}`);
   if (ffn.activation === 'silu') log('warning: the neurons of this model never rest (silu): all will count as fired');
   const isWhole = await withInterrupt(async (signal) => {
-    const engine = await Engine.open(model, { ...engineOptions(flags), context });
+    const engine = await Engine.open(model, { ...engineOptions(flags), context, exact: true });
     const progress = new Progress();
     let savedAt = performance.now();
     try {

@@ -2,17 +2,20 @@ import { randomInt } from 'node:crypto';
 import { Command } from 'commander';
 import { formatBytes } from '../base/bytes.js';
 import { EXIT, Pi2Error } from '../base/error.js';
-import { chooseContext, Engine } from '../engine/engine.js';
+import { chooseContext, type Engine } from '../engine/engine.js';
 import { Generation, requirePrompt } from '../engine/generate.js';
 import { seededRandom } from '../engine/random.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
-import { formatMs, formatShare } from '../report/format.js';
+import { formatMs } from '../report/format.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
+import { describeKept } from '../report/stream-report.js';
 import { readTextFile } from '../text/text-file.js';
 import { TokenStream } from '../text/token-stream.js';
 import { TextTokenizer } from '../text/tokenizer.js';
+import { openEngine } from './open-engine.js';
 import {
   addEngineOptions,
+  addExactOption,
   addModelOption,
   addSamplingOptions,
   type EngineFlags,
@@ -45,7 +48,7 @@ export function runCommand(): Command {
     .option('-f, --file <file>', 'a UTF-8 file with the prompt; a newline at its end is left out')
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
-  addEngineOptions(command);
+  addExactOption(addEngineOptions(command));
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
     .option('--json', 'one JSON object a line on stdout: tokens, then the report')
@@ -73,7 +76,7 @@ async function run(flags: RunFlags): Promise<void> {
   const { vocab_size, eos_token_ids } = model.manifest.hyperparameters;
   requirePrompt(prompt, { contextLength: chooseContext(model, flags.ctxSize), vocabSize: vocab_size });
   await withInterrupt(async (signal) => {
-    const engine = await Engine.open(model, engineOptions(flags));
+    const engine = await openEngine(model, engineOptions(flags));
     try {
       logOpened(model, engine, flags.ctxSize);
       const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
@@ -193,9 +196,8 @@ function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
     `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
   );
   if (engine.storage !== 'resident') {
-    const gates = formatShare(engine.gatesResidentShare);
     log(
-      `neurons from flash: ${engine.storage}; ${gates} of the gates in memory, budget ${formatBytes(engine.budgetBytes)}`,
+      `neurons from flash: ${engine.storage}; in memory ${describeKept(engine)}, budget ${formatBytes(engine.budgetBytes)}`,
     );
   }
   if (engine.contextLength > h.context_length) {

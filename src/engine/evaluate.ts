@@ -1,4 +1,4 @@
-import { BATCH_SIZE, type StepEngine } from './engine.js';
+import type { StepEngine } from './engine.js';
 import { noLogits } from './sampler.js';
 
 /** Memory for logits of several positions at once. */
@@ -14,12 +14,12 @@ export async function evaluateSequence(
   receive: (rows: Float32Array, first: number) => void | Promise<void>,
 ): Promise<void> {
   const rowsMost = Math.floor(LOGITS_BYTES_MAX / (4 * engine.vocabSize));
-  const pieceLength = Math.max(1, Math.min(BATCH_SIZE, rowsMost, tokens.length));
+  const pieceLength = Math.max(1, Math.min(engine.batchSize, rowsMost, tokens.length));
   const logits = new Float32Array(pieceLength * engine.vocabSize);
   for (let first = 0; first < tokens.length; first += pieceLength) {
     const piece = Int32Array.from(tokens.slice(first, first + pieceLength));
     const rows = logits.subarray(0, piece.length * engine.vocabSize);
-    await engine.step(piece, first, rows, true);
+    await engine.step(piece, first, rows, { all: true });
     await receive(rows, first);
   }
 }

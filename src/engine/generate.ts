@@ -1,5 +1,5 @@
 import { Pi2Error } from '../base/error.js';
-import { BATCH_SIZE, type StepEngine } from './engine.js';
+import type { StepEngine } from './engine.js';
 import type { Random } from './random.js';
 import { type SamplingOptions, sampleToken } from './sampler.js';
 
@@ -75,13 +75,14 @@ export class Generation {
     }
   }
 
-  /** Computes the prompt in batches; false when aborted between two of them. */
+  /** Computes the prompt in batches, exactly (paper section 1.2); false when aborted between two of them. */
   async #prefill(): Promise<boolean> {
     const { prompt, signal } = this.#options;
-    for (let position = 0; position < prompt.length; position += BATCH_SIZE) {
+    const { batchSize } = this.#engine;
+    for (let position = 0; position < prompt.length; position += batchSize) {
       if (signal?.aborted) return false;
-      const batch = Int32Array.from(prompt.slice(position, position + BATCH_SIZE));
-      await this.#engine.step(batch, position, this.#logits);
+      const batch = Int32Array.from(prompt.slice(position, position + batchSize));
+      await this.#engine.step(batch, position, this.#logits, { exact: true });
     }
     return true;
   }

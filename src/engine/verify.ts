@@ -7,7 +7,7 @@ import { type BundleLayout, roundUpToPage } from '../format/layout.js';
 import { type Extent, NEURONS_FILE, PROFILE_FILE, RESIDENT_FILE, type TensorEntry } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import type { NativeAddon } from './contract.js';
-import { nativeLayout } from './engine.js';
+import { nativeLayout } from './engine-request.js';
 
 /** Read at once, unless one unit is larger. */
 const PIECE_BYTES = 4 * 1024 * 1024;

@@ -68,6 +68,15 @@ export function expectedReadBytes(layout: BundleLayout): number {
   return (pages * PAGE_BYTES) / layout.neurons_per_unit;
 }
 
+/** Mean bytes of whole pages read for part 2 of one neuron alone, over the slots of a unit. */
+export function rowsReadBytes(layout: BundleLayout): number {
+  let pages = 0;
+  for (let slot = 0; slot < layout.neurons_per_unit; slot++) {
+    pages += pagesTouched(layout.part2_offset + slot * layout.part2_stride, layout.part2_bytes);
+  }
+  return (pages * PAGE_BYTES) / layout.neurons_per_unit;
+}
+
 /** Share of the bytes on flash that hold no weight. */
 export function wasteShare(layout: BundleLayout): number {
   return 1 - (layout.neurons_per_unit * (layout.part1_bytes + layout.part2_bytes)) / layout.unit_bytes;

@@ -7,6 +7,7 @@ import type { GenerationTimings, StopReason } from '../engine/generate.js';
 import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
 import { formatMs, formatShare, formatTable } from './format.js';
+import { type PredictorReport, predictorLines, predictorReport } from './predictor-report.js';
 import { summarize } from './statistics.js';
 import { type StreamReport, streamLines, streamReport } from './stream-report.js';
 
@@ -14,7 +15,7 @@ import { type StreamReport, streamLines, streamReport } from './stream-report.js
  * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
  * latency without a second token.
  */
-export interface RunReport extends StreamReport {
+export interface RunReport extends StreamReport, PredictorReport {
   type: 'report';
   model: string;
   family: string;
@@ -40,8 +41,15 @@ export interface RunReport extends StreamReport {
   /** Memory that the whole process was to stay within, and the most it had. */
   memory_budget_bytes: number;
   peak_memory_bytes: number;
-  /** Of all gates, those that are in memory. */
+  /** Of all gates, those that are in memory; of all neurons, those whose up and down rows have a place in memory. */
   gates_resident_share: number;
+  rows_resident_share: number;
+  /** Bytes of the regions of the neuron cache; null when every neuron is in memory. */
+  gates_bytes: number | null;
+  hot_bytes: number | null;
+  cold_bytes: number | null;
+  /** Tokens of a prompt that are computed together. */
+  batch_size: number;
   weight_bytes: number;
   kv_cache_bytes: number;
   scratch_bytes: number;
@@ -69,6 +77,9 @@ export interface RunFacts {
     | 'budgetBytes'
     | 'storage'
     | 'gatesResidentShare'
+    | 'regions'
+    | 'operatingPoint'
+    | 'batchSize'
   >;
   timings: GenerationTimings;
   stopReason: StopReason;
@@ -109,12 +120,25 @@ export function runReport(facts: RunFacts): RunReport {
     memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
     gates_resident_share: engine.gatesResidentShare,
+    rows_resident_share: engine.regions?.rowsShare ?? 1,
+    gates_bytes: engine.regions?.gatesBytes ?? null,
+    hot_bytes: engine.regions?.hotBytes ?? null,
+    cold_bytes: engine.regions?.coldBytes ?? null,
+    batch_size: engine.batchSize,
     weight_bytes: counters.weightBytes,
     kv_cache_bytes: counters.kvBytes,
     scratch_bytes: counters.scratchBytes,
     weight_bytes_per_token: decodedTokens > 0 ? Math.round(decodeBytes / decodedTokens) : null,
     neurons_fired_share: counters.neuronsSeen > 0 ? counters.neuronsFired / counters.neuronsSeen : null,
     ...streamReport(facts.countersAfterPrompt, counters, decodeMs, engine.threads),
+    ...predictorReport(
+      facts.countersAfterPrompt,
+      counters,
+      decodeMs,
+      engine.threads,
+      manifest.predictor,
+      engine.operatingPoint,
+    ),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
     cpu_features: [...engine.cpuFeatures],
@@ -143,8 +167,10 @@ export function formatRunReport(report: RunReport): string {
       'peak memory',
       `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
     ],
-    ['load mode', `${report.storage}, ${formatShare(report.gates_resident_share)} of the gates in memory`],
+    ['load mode', report.storage],
+    ...regionLines(report),
     ...streamLines(report),
+    ...predictorLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
     ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
@@ -153,4 +179,13 @@ export function formatRunReport(report: RunReport): string {
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
+}
+
+/** Where neurons are, when not all of them are in memory. */
+function regionLines(report: RunReport): [string, string][] {
+  const { gates_bytes, hot_bytes, cold_bytes } = report;
+  if (gates_bytes === null || hot_bytes === null || cold_bytes === null) return [];
+  const gates = `gates ${formatBytes(gates_bytes)} (${formatShare(report.gates_resident_share)})`;
+  const rows = `hot ${formatBytes(hot_bytes)}, cold ${formatBytes(cold_bytes)} (${formatShare(report.rows_resident_share)})`;
+  return [['neurons kept', report.kept_share === null ? `${gates}, ${rows}` : rows]];
 }

@@ -1,0 +1,164 @@
+/** What a model is opened with under a budget of memory: where its neurons are, tokens at once, and whether it predicts. */
+import { Pi2Error } from '../base/error.js';
+import { rowBytes } from '../format/encoding.js';
+import { type FiringRates, readFiringRates } from '../format/firing-rates.js';
+import { rowsReadBytes } from '../format/layout.js';
+import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
+import type { ModelDirectory } from '../format/model-directory.js';
+import type { NeuronCosts } from '../plan/keep-order.js';
+import { budgetBytes, describeLimit } from '../plan/memory-limit.js';
+import {
+  leastMemory,
+  type MemoryPlan,
+  type MemoryQuestion,
+  planMemory,
+  type StreamShape,
+  shareOfNeurons,
+} from '../plan/memory-plan.js';
+import type { EngineMemory, EngineRequest, NativeAddon } from './contract.js';
+import type { EngineOptions } from './engine.js';
+import { type ModelRequest, predictorRequest, streamRequest } from './engine-request.js';
+
+/** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
+const RESERVE_BYTES = 32 * 1024 * 1024;
+/** The least that a message names is this much more: a process is not as large every time. */
+const SLACK_BYTES = 8 * 1024 * 1024;
+
+/** A request that keeps to the budget. */
+export interface PlannedRequest {
+  request: EngineRequest;
+  /** Memory of the whole process that was to be kept to. With `min`, what that came to. */
+  budgetBytes: number;
+  /** The thresholds that the predictor works with; null when every neuron that fires is computed. */
+  operatingPoint: OperatingPoint | null;
+  /** Why the model's predictor is not used, though nobody asked for that. */
+  notice: string | null;
+}
+
+/**
+ * Decides what a model is opened with. Its predictor is used unless `exact` is asked for; it is left out, with a notice, where
+ * memory is too little for it or for what its thresholds were chosen on. Throws `Pi2Error`: E_MEMORY when the budget is too
+ * little even so, E_MODEL or E_IO when the profile cannot be read.
+ */
+export async function planRequest(
+  model: ModelDirectory,
+  base: ModelRequest,
+  options: EngineOptions,
+  addon: NativeAddon,
+): Promise<PlannedRequest> {
+  const { memory, exact, verifyReads = false, loadMode = 'auto' } = options;
+  const { predictor } = model.manifest;
+  const readMode = loadMode === 'buffered' ? 'buffered' : 'direct';
+  const mode = loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
+  const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
+  const requestOf = (batchSize: number, shape: StreamShape | undefined, point: OperatingPoint | null) => ({
+    ...base,
+    ...(shape === undefined ? {} : streamRequest(model, shape, readMode, verifyReads)),
+    ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
+    batchSize,
+  });
+  let rates: Promise<FiringRates | null> | undefined;
+  const decide = async (entry?: PredictorEntry): Promise<Decision> => {
+    const question: MemoryQuestion = {
+      bankCount: base.expertOffsets.length,
+      neuronCount: base.neuronCount,
+      contextLength: base.contextLength,
+      costs: neuronCosts(model),
+      budgetBytes: budgetBytes(memory, processBytes),
+      processBytes,
+      mode,
+      measure: (batchSize, shape) =>
+        sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
+      ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
+      // Which experts are next nobody knows before attention.
+      canPrefetch: entry !== undefined && base.expertCount === 1,
+    };
+    if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
+    let plan = planMemory(question);
+    if (plan.kind === 'streamed') {
+      rates ??= readFiringRates(model);
+      const firingRates = await rates;
+      if (firingRates !== null) plan = planMemory({ ...question, firingRates });
+    }
+    return { plan, budgetBytes: question.budgetBytes };
+  };
+
+  const planned = ({ plan, budgetBytes }: Decision, operatingPoint: OperatingPoint | null, notice: string | null) => {
+    if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budgetBytes, plan.leastBytes);
+    const shape = plan.kind === 'streamed' ? plan.shape : undefined;
+    return { request: requestOf(plan.batchSize, shape, operatingPoint), budgetBytes, operatingPoint, notice };
+  };
+  if (predictor === undefined || exact) return planned(await decide(), null, null);
+  const predicted = await decide(predictor);
+  const point = choosePoint(predictor, predicted.plan, base.neuronCount);
+  if (predicted.plan.kind === 'resident') return planned(predicted, point, null);
+  const exactly = await decide();
+  const why = whyExact(predictor, predicted.plan, exactly.plan, point);
+  return why === null ? planned(predicted, point, null) : planned(exactly, null, why);
+}
+
+interface Decision {
+  plan: MemoryPlan;
+  budgetBytes: number;
+}
+
+/**
+ * The operating point with the largest kept share that the plan has in memory for good, of every bank: what a point promises
+ * was measured with the hottest neurons of each expert in memory all the time, and slots begin empty. Null if none has so few.
+ */
+function choosePoint({ points }: PredictorEntry, plan: MemoryPlan, neuronCount: number): OperatingPoint | null {
+  const hot = plan.kind === 'streamed' ? plan.shape.hotNeurons : [];
+  const kept = hot.reduce((least, count) => Math.min(least, count), neuronCount);
+  return points.findLast(({ kept_share }) => shareOfNeurons(kept_share, neuronCount) <= kept) ?? null;
+}
+
+/** Why a model that does not fit with its predictor is not predicted, in words; null if it is. */
+function whyExact(
+  { points }: PredictorEntry,
+  predicted: MemoryPlan,
+  exactly: MemoryPlan,
+  point: OperatingPoint | null,
+): string | null {
+  const because = (why: string) => `the predictor is left out, ${why}: every neuron that fires is computed`;
+  if (predicted.kind === 'too_little') return because(`with it the model takes ${inMebibytes(predicted.leastBytes)}`);
+  if (exactly.kind === 'resident') return because('without it everything is in memory');
+  if (point !== null) return null;
+  return because(`its thresholds want ${Math.ceil(100 * points[0].kept_share)} % of the neurons in memory`);
+}
+
+/** What neurons take in memory and cost to read, to rank them by: what they really take the addon says. */
+function neuronCosts(model: ModelDirectory): NeuronCosts {
+  const { layout, quantization, hyperparameters } = model.manifest;
+  return {
+    gateBytes: layout.part1_bytes,
+    rowsBytes: (layout.matrices - 1) * rowBytes(quantization.ffn, hyperparameters.hidden_size),
+    wholeReadBytes: layout.unit_bytes / layout.neurons_per_unit,
+    rowsReadBytes: rowsReadBytes(layout),
+  };
+}
+
+function sumOfBytes(memory: EngineMemory): number {
+  return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.loadBytes;
+}
+
+function inMebibytes(bytes: number): string {
+  return `${Math.ceil((bytes + SLACK_BYTES) / 2 ** 20)}M`;
+}
+
+/** Refuses, with the least that would do, what would end in swap or a kill. */
+function tooLittle(
+  model: ModelDirectory,
+  contextLength: number,
+  { loadMode, memory }: EngineOptions,
+  budget: number,
+  leastBytes: number,
+): Pi2Error {
+  const least = inMebibytes(leastBytes);
+  const resident = loadMode === 'resident' ? ' with all weights in memory' : '';
+  const streamHint = loadMode === 'resident' ? ', leave --load-mode out' : '';
+  return new Pi2Error(
+    'E_MEMORY',
+    `${model.path}${resident} and a context of ${contextLength} take ${least}, ${describeLimit(memory, budget)}`,
+    `the least that would do: --memory ${least}; or a smaller context with -c${streamHint}`,
+  );
+}
