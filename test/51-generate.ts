@@ -360,6 +360,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     weightBytes: 1000,
     kvBytes: 2000,
     scratchBytes: 3000,
+    majorFaults: 5 * tokens,
     stream: {
       hotHits: 2 * tokens,
       coldHits: tokens,
@@ -406,6 +407,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     storage: 'direct, io_uring',
     memory_budget_bytes: 5000,
     gates_resident_share: 0.5,
+    major_faults_per_token: 5,
     hot_hit_share: 0.5,
     cold_hit_share: 0.25,
     miss_share: 0.25,

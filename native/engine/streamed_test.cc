@@ -1,8 +1,8 @@
 /**
- * The streamed engine against the resident one, under sanitizers (test/42-sanitizers.ts): random models of several families,
- * opened with many plans of memory and ways to read, some of them on flash that fails. Logits and firing must be the same
- * bits, also in the step after one that failed. Arguments: a directory to write models to, and how many ways to try for
- * each. Prints "NAME: N ways, M faults" for each model.
+ * The streamed engine and the mapped one against the resident one, under sanitizers (test/42-sanitizers.ts): random models
+ * of several families, opened with many plans of memory and ways to read, some of them on flash that fails. Logits and
+ * firing must be the same bits, also in the step after one that failed. Arguments: a directory to write models to, and how
+ * many ways to try for each. Prints "NAME: N ways, M faults" for each model.
  */
 #include <fcntl.h>
 #include <unistd.h>
@@ -15,6 +15,7 @@
 #include "native/engine/engine.h"
 #include "native/engine/neurons.h"
 #include "native/engine/random_model_test.h"
+#include "native/kernels/dispatch.h"
 
 namespace pi2 {
 namespace {
@@ -73,7 +74,7 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
   for (size_t at = 0, count = kPrompt; at < kTokens; at += count, count = 1) {
     const auto step = [&] {
       return engine->step(
-          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true,
+          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, true,
           FiringRecord{.fired = result.fired.data() + at * fired, .routed = result.routed.data() + at * routed});
     };
     Status status = step();
@@ -130,6 +131,31 @@ std::string describe(const EngineConfig& config) {
   return text;
 }
 
+/** Mapped, with every kernel set: the same bits, and words when the file is shortened meanwhile. */
+void try_mapped(const RandomModel& model, size_t threads) {
+  for (const Kernels* kernels : available_kernels()) {
+    EngineConfig config = model.config;
+    config.kernel_set = kernels->name;
+    const Result expected = compute(model, config, Fault::kNone);
+    config.mapped = true;
+    config.threads = threads;
+    require(compute(model, config, Fault::kNone) == expected, std::string("mapped: other bits with ") + kernels->name);
+  }
+  EngineConfig config = model.config;
+  config.mapped = true;
+  config.threads = threads;
+  std::unique_ptr<Engine> engine;
+  const Status opened = Engine::open(config, &engine);
+  require(opened.is_ok(), opened.message());
+  require(truncate(config.neurons_path.c_str(), kPageBytes) == 0, "cannot shorten " + config.neurons_path);
+  std::vector<float> logits(config.vocab_size);
+  for (size_t i = 0; i < 2; i++) {
+    const int32_t token = 1;
+    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, FiringRecord{});
+    require(status.code() == StatusCode::kIo, "a shortened file that no step met");
+  }
+}
+
 void try_model(const std::string& directory, const RandomShape& shape, uint32_t seed, size_t ways) {
   const RandomModel model(directory, shape, seed);
   const Result expected = compute(model, model.config, Fault::kNone);
@@ -141,6 +167,7 @@ void try_model(const std::string& directory, const RandomShape& shape, uint32_t 
     require(compute(model, config, fault) == expected, std::string(shape.name) + ": other bits with " + describe(config));
     faults += fault != Fault::kNone;
   }
+  try_mapped(model, 1 + seed % 3);
   std::printf("%s: %zu ways, %zu faults\n", shape.name, ways, faults);
 }
 

@@ -5,7 +5,14 @@ import { chooseContext, Engine } from '../engine/engine.js';
 import { evaluateSequence } from '../engine/evaluate.js';
 import { requireTokens } from '../engine/generate.js';
 import { openModelDirectory } from '../format/model-directory.js';
-import { addEngineOptions, addModelOption, type EngineFlags, engineOptions, parseTokens } from './options.js';
+import {
+  addEngineChoice,
+  addEngineOptions,
+  addModelOption,
+  type EngineFlags,
+  engineOptions,
+  parseTokens,
+} from './options.js';
 import { log, Progress, throwIfInterrupted, withInterrupt } from './output.js';
 
 interface EvalFlags extends EngineFlags {
@@ -21,6 +28,7 @@ export function evalCommand(): Command {
     .requiredOption('--tokens <ids>', 'the tokens: 1,2,3', parseTokens)
     .requiredOption('--logits <file>', 'where to write: float32, little-endian, positions x vocabulary');
   addEngineOptions(command);
+  addEngineChoice(command);
   command.addHelpText(
     'after',
     `

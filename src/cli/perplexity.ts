@@ -6,7 +6,7 @@ import { requireTokens } from '../engine/generate.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
 import { TextTokenizer } from '../text/tokenizer.js';
-import { addEngineOptions, addModelOption, type EngineFlags, engineOptions } from './options.js';
+import { addEngineChoice, addEngineOptions, addModelOption, type EngineFlags, engineOptions } from './options.js';
 import { log, Progress, throwIfInterrupted, withInterrupt, writeJson, writeOut } from './output.js';
 
 interface PerplexityFlags extends EngineFlags {
@@ -25,6 +25,7 @@ export function perplexityCommand(): Command {
   const command = new Command('perplexity').description('measure how well a model predicts a text');
   addModelOption(command).requiredOption('-f, --file <file>', 'a UTF-8 text file');
   addEngineOptions(command, `tokens in a window; 0 is ${CONTEXT_DEFAULT} or the model’s own if that is shorter`);
+  addEngineChoice(command);
   command.option('--json', 'the result as one JSON object on stdout').addHelpText(
     'after',
     `

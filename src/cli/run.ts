@@ -12,6 +12,7 @@ import { readTextFile } from '../text/text-file.js';
 import { TokenStream } from '../text/token-stream.js';
 import { TextTokenizer } from '../text/tokenizer.js';
 import {
+  addEngineChoice,
   addEngineOptions,
   addModelOption,
   addSamplingOptions,
@@ -46,6 +47,7 @@ export function runCommand(): Command {
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
   addEngineOptions(command);
+  addEngineChoice(command);
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
     .option('--json', 'one JSON object a line on stdout: tokens, then the report')
@@ -192,7 +194,9 @@ function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
   log(
     `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
   );
-  if (engine.storage !== 'resident') {
+  if (engine.gatesResidentShare === null) {
+    log('all weights are mapped: the page cache of the kernel decides what is in memory, beside the budget');
+  } else if (engine.storage !== 'resident') {
     const gates = formatShare(engine.gatesResidentShare);
     log(
       `neurons from flash: ${engine.storage}; ${gates} of the gates in memory, budget ${formatBytes(engine.budgetBytes)}`,

@@ -38,6 +38,8 @@ export interface EngineOptions {
   kernelSet?: KernelSet;
   /** Memory of the whole process; absent: what the machine can give today. */
   memory?: MemoryLimit;
+  /** Default `pi2`. */
+  engine?: EngineName;
   /** Default `auto`. */
   loadMode?: LoadMode;
   /** Compares the checksum of every bundle that is read from flash while computing. */
@@ -50,6 +52,10 @@ export interface EngineOptions {
  */
 export const LOAD_MODES = ['auto', 'resident', 'direct', 'buffered'] as const;
 export type LoadMode = (typeof LOAD_MODES)[number];
+
+/** `pi2`: what this project is about. `mmap`: a baseline, files mapped and every neuron computed, as other engines do it. */
+export const ENGINES = ['pi2', 'mmap'] as const;
+export type EngineName = (typeof ENGINES)[number];
 
 /** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
 const RESERVE_BYTES = 32 * 1024 * 1024;
@@ -92,10 +98,10 @@ export class Engine implements StepEngine {
   readonly loadMs: number;
   /** Memory that the whole process was to stay within. With `min`, what that came to. */
   readonly budgetBytes: number;
-  /** How weights are really held: `resident`, or how neurons are read, e.g. `direct, io_uring`. */
+  /** How weights are really held: `resident`, `mmap`, or how neurons are read, e.g. `direct, io_uring`. */
   readonly storage: string;
-  /** Of all gates, those that are in memory. */
-  readonly gatesResidentShare: number;
+  /** Of all gates, those that are in memory; null when that is the page cache's choice. */
+  readonly gatesResidentShare: number | null;
   readonly #native: NativeEngine;
 
   private constructor(
@@ -107,7 +113,7 @@ export class Engine implements StepEngine {
   ) {
     this.#native = native;
     this.budgetBytes = budgetBytes;
-    this.storage = native.counters().stream?.storage ?? 'resident';
+    this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
     this.contextLength = request.contextLength;
     this.vocabSize = request.vocabSize;
@@ -120,7 +126,7 @@ export class Engine implements StepEngine {
   }
 
   /**
-   * Loads a model. Throws `Pi2Error`: E_USAGE for a context the model cannot have, E_CPU for kernels this CPU cannot run,
+   * Loads a model. Throws `Pi2Error`: E_USAGE for a context the model cannot have or options that do not go together, E_CPU for kernels this CPU cannot run,
    * E_MEMORY when the budget is too little, E_IO when a file cannot be read.
    */
   static async open(model: ModelDirectory, options: EngineOptions, addon: NativeAddon = loadAddon()): Promise<Engine> {
@@ -187,7 +193,17 @@ function withMemoryPlan(
   options: EngineOptions,
   addon: NativeAddon,
 ): { request: EngineRequest; budget: number } {
-  const { loadMode = 'auto', memory } = options;
+  const { engine = 'pi2', loadMode = 'auto', memory, verifyReads } = options;
+  const mapped = engine === 'mmap';
+  if (mapped && (loadMode !== 'auto' || verifyReads)) {
+    const option = verifyReads ? '--verify-reads' : `--load-mode ${loadMode}`;
+    throw new Pi2Error(
+      'E_USAGE',
+      `--engine mmap cannot have ${option}: the kernel decides what is read`,
+      'leave one out',
+    );
+  }
+  const whole: EngineRequest = mapped ? { ...resident, mapped } : resident;
   const bankCount = resident.expertOffsets.length;
   const streamed = (shape: StreamShape) => streamedRequest(model, resident, shape, options);
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
@@ -196,13 +212,13 @@ function withMemoryPlan(
     neuronCount: resident.neuronCount,
     budgetBytes: budgetBytes(memory, processBytes),
     processBytes,
-    mode: loadMode === 'auto' || loadMode === 'resident' ? loadMode : 'stream',
-    measure: (shape) => sumOfBytes(addon.memoryNeeded(shape === undefined ? resident : streamed(shape))),
+    mode: mapped ? 'resident' : loadMode === 'auto' || loadMode === 'resident' ? loadMode : 'stream',
+    measure: (shape) => sumOfBytes(addon.memoryNeeded(shape === undefined ? whole : streamed(shape))),
   };
   if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
   const plan = planMemory(question);
   if (plan.kind === 'too_little') throw tooLittle(model, resident, options, question.budgetBytes, plan);
-  const request = plan.kind === 'resident' ? resident : streamed(plan.shape);
+  const request = plan.kind === 'resident' ? whole : streamed(plan.shape);
   return { request, budget: question.budgetBytes };
 }
 
@@ -228,7 +244,8 @@ function sumOfBytes(memory: EngineMemory): number {
   return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.loadBytes;
 }
 
-function gatesResidentShare({ stream, neuronCount }: EngineRequest): number {
+function gatesResidentShare({ stream, neuronCount, mapped }: EngineRequest): number | null {
+  if (mapped) return null;
   if (stream === undefined) return 1;
   const gates = stream.residentGates.reduce((sum, count) => sum + count, 0);
   return gates / (stream.residentGates.length * neuronCount);

@@ -33,15 +33,17 @@ export interface RunReport extends StreamReport {
   token_latency_ms_p50: number | null;
   token_latency_ms_p90: number | null;
   token_latency_ms_p99: number | null;
-  /** How neurons are really held: all in memory, or read past the page cache or through it. */
+  /** How neurons are really held: all in memory, read past the page cache or through it, or mapped (`mmap`). */
   load_mode: string;
   /** The same with the means: `resident`, or for example `direct, io_uring`. */
   storage: string;
   /** Memory that the whole process was to stay within, and the most it had. */
   memory_budget_bytes: number;
   peak_memory_bytes: number;
-  /** Of all gates, those that are in memory. */
-  gates_resident_share: number;
+  /** Of all gates, those that are in memory; null with `mmap`, where only the kernel knows. */
+  gates_resident_share: number | null;
+  /** Page faults that waited for a disk: with `mmap`, weights that were not in the page cache. */
+  major_faults_per_token: number | null;
   weight_bytes: number;
   kv_cache_bytes: number;
   scratch_bytes: number;
@@ -109,6 +111,8 @@ export function runReport(facts: RunFacts): RunReport {
     memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
     gates_resident_share: engine.gatesResidentShare,
+    major_faults_per_token:
+      decodedTokens > 0 ? (counters.majorFaults - facts.countersAfterPrompt.majorFaults) / decodedTokens : null,
     weight_bytes: counters.weightBytes,
     kv_cache_bytes: counters.kvBytes,
     scratch_bytes: counters.scratchBytes,
@@ -143,7 +147,7 @@ export function formatRunReport(report: RunReport): string {
       'peak memory',
       `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
     ],
-    ['load mode', `${report.storage}, ${formatShare(report.gates_resident_share)} of the gates in memory`],
+    ['load mode', describeLoad(report)],
     ...streamLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
@@ -153,4 +157,10 @@ export function formatRunReport(report: RunReport): string {
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
+}
+
+function describeLoad({ storage, gates_resident_share: gates, major_faults_per_token: faults }: RunReport): string {
+  if (gates !== null) return `${storage}, ${formatShare(gates)} of the gates in memory`;
+  const waits = faults === null ? '' : `; ${faults.toFixed(1)} major page faults a token`;
+  return `${storage}, what is in memory is up to the kernel’s page cache${waits}`;
 }
