@@ -187,15 +187,15 @@ async function openTokenizer(model: ModelDirectory, optional: boolean): Promise<
 function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
   const { name, hyperparameters: h, quantization } = model.manifest;
   const { weightBytes, kvBytes } = engine.counters();
-  log(
-    `${name}: ${h.family}, ${quantization.name}, ${formatBytes(weightBytes)} of weights loaded in ${formatMs(engine.loadMs)}`,
-  );
+  const isMapped = engine.storage === 'mmap';
+  const weights = isMapped ? 'weights mapped' : `${formatBytes(weightBytes)} of weights loaded`;
+  log(`${name}: ${h.family}, ${quantization.name}, ${weights} in ${formatMs(engine.loadMs)}`);
   const own = asked === 0 ? ' (the model’s own)' : '';
   log(
     `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
   );
   if (engine.gatesResidentShare === null) {
-    log('all weights are mapped: the page cache of the kernel decides what is in memory, beside the budget');
+    log('page cache is not part of the budget: the kernel decides what is in memory');
   } else if (engine.storage !== 'resident') {
     const gates = formatShare(engine.gatesResidentShare);
     log(
