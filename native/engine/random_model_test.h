@@ -38,8 +38,8 @@ inline void require(bool condition, const std::string& what) {
 }
 
 /**
- * Writes resident.bin and neurons.bin of a model with two layers and fills a configuration that opens them. Ungated models
- * are like OPT: layer norms, biases, learned positions; gated ones like llama.
+ * Writes resident.bin, neurons.bin and predictor.bin of a model with two layers, and fills a configuration that opens them.
+ * Ungated models are like OPT: layer norms, biases, learned positions; gated ones like llama.
  */
 class RandomModel {
  public:
@@ -52,9 +52,15 @@ class RandomModel {
     add_neurons();
     write(config.resident_path, resident_);
     write(config.neurons_path, neurons);
+    predictor.path = directory + "/" + shape.name + ".predictor";
+    add_predictor();
+    write(predictor.path, predictor_);
   }
 
+  /** Without stream and predictor. */
   EngineConfig config{};
+  /** Its thresholds are 0 everywhere. */
+  PredictorConfig predictor;
   /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are. */
   std::vector<size_t> checksum_offsets;
   /** The bytes of neurons.bin. */
@@ -104,12 +110,11 @@ class RandomModel {
     require(l.check().is_ok(), "the layout of a random model");
   }
 
-  /** Rows of uniform numbers whose products with normed inputs have a variance of about 1. */
-  std::vector<uint8_t> random_rows(Encoding encoding, size_t rows, size_t columns) {
-    const float most = rows == 1 ? 0.5f : std::sqrt(3.0f / static_cast<float>(columns));
-    std::uniform_real_distribution<float> number(-most, most);
+  /** Encoded rows of uniform numbers around `center`, at most `most` from it. */
+  std::vector<uint8_t> random_rows(Encoding encoding, size_t rows, size_t columns, float center, float most) {
+    std::uniform_real_distribution<float> number(center - most, center + most);
     std::vector<float> source(rows * columns);
-    for (float& value : source) value = (encoding == Encoding::kF32 && rows == 1 ? 1.0f : 0.0f) + number(random_);
+    for (float& value : source) value = number(random_);
     const size_t row = row_bytes(encoding, columns);
     std::vector<uint8_t> target(rows * row);
     const Placement placement{1, row, 0, row, weight_bytes(encoding, columns), row};
@@ -127,19 +132,28 @@ class RandomModel {
     return target;
   }
 
-  void add_tensor(const std::string& name, Encoding encoding, size_t rows, size_t columns) {
-    const std::vector<uint8_t> bytes = random_rows(encoding, rows, columns);
-    resident_.resize((resident_.size() + 63) / 64 * 64);
-    config.tensors.push_back({name, resident_.size(), bytes.size(), encoding, rows, columns});
-    resident_.insert(resident_.end(), bytes.begin(), bytes.end());
+  /** What makes products with inputs of variance 1, `columns` of them, have variance 1. */
+  static float unit_weight(size_t columns) { return std::sqrt(3.0f / static_cast<float>(columns)); }
+
+  /** Appends a tensor to the bytes of a file. */
+  void add_tensor(const std::string& name, Encoding encoding, size_t rows, size_t columns, float center, float most,
+                  std::vector<uint8_t>* file, std::vector<TensorConfig>* tensors) {
+    const std::vector<uint8_t> bytes = random_rows(encoding, rows, columns, center, most);
+    file->resize((file->size() + 63) / 64 * 64);
+    tensors->push_back({name, file->size(), bytes.size(), encoding, rows, columns});
+    file->insert(file->end(), bytes.begin(), bytes.end());
   }
 
   void add_tensors() {
     const size_t hidden = config.hidden_size;
     const auto matrix = [&](const std::string& name, size_t rows, size_t columns) {
-      add_tensor(name, Encoding::kQ8, rows, columns);
+      add_tensor(name, Encoding::kQ8, rows, columns, 0, unit_weight(columns), &resident_, &config.tensors);
     };
-    const auto vector = [&](const std::string& name, size_t size) { add_tensor(name, Encoding::kF32, 1, size); };
+    const auto floats = [&](const std::string& name, size_t rows, size_t columns, float center, float most) {
+      add_tensor(name, Encoding::kF32, rows, columns, center, most, &resident_, &config.tensors);
+    };
+    const auto vector = [&](const std::string& name, size_t size) { floats(name, 1, size, 1.0f, 0.5f); };
+    const auto bias = [&](const std::string& name, size_t size) { floats(name, 1, size, -0.4f, 0.5f); };
     matrix("embedding", config.vocab_size, hidden);
     if (!shape_.gated) matrix("position_embedding", config.context_length, hidden);
     vector("output_norm", hidden);
@@ -151,21 +165,41 @@ class RandomModel {
       matrix(layer + "k", config.kv_size(), hidden);
       matrix(layer + "v", config.kv_size(), hidden);
       matrix(layer + "o", hidden, config.query_size());
-      if (shape_.experts > 1) add_tensor(layer + "router", Encoding::kF32, shape_.experts, hidden);
+      if (shape_.experts > 1) floats(layer + "router", shape_.experts, hidden, 0, unit_weight(hidden));
       if (shape_.gated) continue;
-      vector(layer + "attention_norm_bias", hidden);
-      vector(layer + "ffn_norm_bias", hidden);
-      vector(layer + "up_bias", config.neuron_count);
-      vector(layer + "down_bias", hidden);
+      bias(layer + "attention_norm_bias", hidden);
+      bias(layer + "ffn_norm_bias", hidden);
+      bias(layer + "up_bias", config.neuron_count);
+      bias(layer + "down_bias", hidden);
     }
-    end_extent("tensors", 0, resident_, false);
+    end_extent("tensors", 0, false, &resident_, &config.extents);
   }
 
   /** What was appended to a file since `offset` is an extent; the next one begins on a page. */
-  void end_extent(const std::string& name, size_t offset, std::vector<uint8_t>& file, bool is_neurons) {
-    const size_t bytes = file.size() - offset;
-    config.extents.push_back({name, is_neurons, offset, bytes, crc32(file.data() + offset, bytes, 0)});
-    file.resize((file.size() + kPageBytes - 1) / kPageBytes * kPageBytes);
+  static void end_extent(const std::string& name, size_t offset, bool is_neurons, std::vector<uint8_t>* file,
+                         std::vector<ExtentConfig>* extents) {
+    const size_t bytes = file->size() - offset;
+    extents->push_back({name, is_neurons, offset, bytes, crc32(file->data() + offset, bytes, 0)});
+    file->resize((file->size() + kPageBytes - 1) / kPageBytes * kPageBytes);
+  }
+
+  /** A predictor that guesses at random, with another rank in each layer; about half of the neurons are chosen. */
+  void add_predictor() {
+    predictor.input = shape_.gated ? PredictorInput::kResidual : PredictorInput::kFfnNorm;
+    for (size_t layer = 0; layer < config.layer_count; layer++) {
+      const size_t begin = predictor_.size();
+      const size_t rank = 20 + 8 * layer;
+      const std::string name = "layers." + std::to_string(layer) + ".predictor";
+      const auto add = [&](const char* part, Encoding encoding, size_t rows, size_t columns, float most) {
+        add_tensor(name + part, encoding, rows, columns, 0, most, &predictor_, &predictor.tensors);
+      };
+      add(".fc1", shape_.encoding, shape_.experts * rank, shape_.hidden, unit_weight(shape_.hidden));
+      add(".fc2", shape_.encoding, shape_.experts * rank, shape_.neurons, unit_weight(rank));
+      add(".bias", Encoding::kF32, shape_.experts, shape_.neurons, 0.3f);
+      end_extent(name, begin, false, &predictor_, &predictor.extents);
+    }
+    predictor.memory_thresholds.assign(config.layer_count, 0.0f);
+    predictor.flash_thresholds = predictor.memory_thresholds;
   }
 
   void add_neurons() {
@@ -181,8 +215,8 @@ class RandomModel {
         add_expert(neurons.data() + base);
       }
       const std::string name = "layers." + std::to_string(layer);
-      end_extent(name + ".neurons", begin, neurons, true);
-      end_extent(name + ".checksums", checksums, resident_, false);
+      end_extent(name + ".neurons", begin, true, &neurons, &config.extents);
+      end_extent(name + ".checksums", checksums, false, &resident_, &config.extents);
     }
   }
 
@@ -192,7 +226,8 @@ class RandomModel {
     const size_t weights = weight_bytes(shape_.encoding, shape_.hidden);
     const size_t scales = scale_bytes(shape_.encoding, shape_.hidden);
     for (size_t m = 0; m < l.matrices; m++) {
-      const std::vector<uint8_t> rows = random_rows(shape_.encoding, config.neuron_count, shape_.hidden);
+      const std::vector<uint8_t> rows =
+          random_rows(shape_.encoding, config.neuron_count, shape_.hidden, 0, unit_weight(shape_.hidden));
       for (size_t j = 0; j < config.neuron_count; j++) {
         const uint8_t* row = rows.data() + j * (weights + scales);
         std::memcpy(base + (m == 0 ? l.part1_at(j) : l.part2_at(j) + (m - 1) * weights), row, weights);
@@ -216,6 +251,7 @@ class RandomModel {
   RandomShape shape_;
   std::mt19937 random_;
   std::vector<uint8_t> resident_;
+  std::vector<uint8_t> predictor_;
 };
 
 }  // namespace pi2
