@@ -91,6 +91,7 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
     require(status.is_ok(), status.message());
   }
   require(failures == (fault == Fault::kNone ? 0 : 1), "a fault that no step met");
+  for (const float logit : result.logits) require(std::isfinite(logit), "a logit that is no number");
   return result;
 }
 
@@ -121,6 +122,8 @@ EngineConfig any_way(const RandomModel& model, Fault fault, Guess guess, std::mt
   stream.mode = below(2) == 0 ? ReadMode::kDirect : ReadMode::kBuffered;
   stream.backend = below(2) == 0 ? ReadBackend::kThreads : ReadBackend::kUring;
   stream.lanes = 1 + below(4);
+  const size_t prefetch[] = {0, 0, 1 << 16, 1 << 20};
+  stream.prefetch_bytes = prefetch[below(4)];
   stream.two_phase = below(3) > 0;
   stream.bundles = below(4) > 0;
   stream.pipeline = below(4) > 0;
@@ -135,7 +138,7 @@ EngineConfig any_way(const RandomModel& model, Fault fault, Guess guess, std::mt
 std::string describe(const EngineConfig& config) {
   const StreamConfig& s = config.stream;
   std::string text = std::to_string(config.threads) + " threads" + (config.predictor.enabled() ? ", predicted" : "") +
-                     ", staging " + std::to_string(s.staging_bytes) +
+                     ", staging " + std::to_string(s.staging_bytes) + ", prefetch " + std::to_string(s.prefetch_bytes) +
                      (s.mode == ReadMode::kDirect ? ", direct" : ", buffered") +
                      (s.backend == ReadBackend::kUring ? ", io_uring" : ", threads") + (s.two_phase ? "" : ", one phase") +
                      (s.bundles ? "" : ", no bundles") + (s.pipeline ? "" : ", no pipeline") + ", banks";
@@ -182,6 +185,7 @@ void try_thresholds(const RandomModel& model) {
   config.threads = 3;
   config.stream.backend = ReadBackend::kUring;
   config.stream.trial.delay_us = 20;
+  config.stream.prefetch_bytes = 1 << 18;
   require(compute(model, config, Fault::kNone) == expected, "two thresholds: other bits with " + describe(config));
 }
 
