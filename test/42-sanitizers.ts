@@ -1,7 +1,7 @@
-// The thread pool and the engine under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer:
-// native/base/thread_pool_test.cc and native/engine/engine_test.cc, built here.
+// The thread pool and the engine, resident and streamed, under ThreadSanitizer, and under AddressSanitizer with
+// UndefinedBehaviorSanitizer: thread_pool_test.cc, engine_test.cc and streamed_test.cc of native/, built here.
 import { execFile, spawnSync } from 'node:child_process';
-import { readdirSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { promisify } from 'node:util';
 import t, { type Test } from 'tap';
@@ -29,26 +29,18 @@ const KERNELS: Record<string, Record<string, string[]>> = {
 };
 const kernels = KERNELS[process.arch] ?? {};
 const POOL = ['base/thread_pool', 'base/thread_pool_test'];
-/** All but base/memory.cc, for which the test has its own. */
+/** All that an engine needs; base/memory_test.cc is in place of base/memory.cc. */
 const ENGINE = [
-  ...['base/crc32', 'base/threads', 'base/thread_pool', 'cache/neuron_cache', 'quantize/encode'],
-  ...[
-    'attention',
-    'engine',
-    'engine_test',
-    'ffn',
-    'load',
-    'product',
-    'resident_experts',
-    'streamed_experts',
-    'streamed_rounds',
-    'weights',
-  ].map((name) => `engine/${name}`),
-  ...readdirSync(join(REPOSITORY, 'native/storage'))
-    .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))
-    .map((name) => `storage/${basename(name, '.cc')}`),
+  ...['base/crc32', 'base/memory_test', 'base/threads', 'base/thread_pool', 'quantize/encode'],
+  ...['cache', 'engine', 'storage'].flatMap((folder) =>
+    readdirSync(join(REPOSITORY, 'native', folder))
+      .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))
+      .map((name) => `${folder}/${basename(name, '.cc')}`),
+  ),
   ...['dispatch', 'scalar', ...Object.keys(kernels)].map((name) => `kernels/${name}`),
 ];
+/** Ways to stream that are tried for each model of streamed_test. */
+const WAYS = 18;
 
 /** Why a sanitizer cannot be used here, or false. It must run, too: some Linux kernels place memory where it cannot follow. */
 function missing(sanitizer: string): string | false {
@@ -59,11 +51,11 @@ function missing(sanitizer: string): string | false {
   return spawnSync(program).status !== 0 && `programs built with ${sanitizer} do not run here`;
 }
 
-/** Builds `name` of sources below native/, two at a time. */
+/** Compiles sources below native/ that are not compiled yet in `directory`, two at a time, and links them to `name`. */
 async function build(directory: string, name: string, sanitizer: string, sources: string[]): Promise<string> {
   const common = ['-std=c++20', '-O0', '-g1', '-fno-exceptions', '-fno-rtti', '-fno-sanitize-recover=all', sanitizer];
   const objects = sources.map((source) => join(directory, `${source.replace('/', '-')}.o`));
-  const left = [...sources.entries()];
+  const left = [...sources.entries()].filter(([i]) => !existsSync(objects[i]));
   const compile = async () => {
     for (let next = left.pop(); next; next = left.pop()) {
       const [i, source] = next;
@@ -123,14 +115,20 @@ const REQUESTS = Promise.all([
 
 for (const [name, sanitizer] of Object.entries(SANITIZERS)) {
   t.test(name, { skip: missing(sanitizer) }, async (t) => {
-    const pool = await build(t.testdir({}), 'thread_pool_test', sanitizer, POOL);
+    const directory = t.testdir({});
+    const pool = await build(directory, 'thread_pool_test', sanitizer, POOL);
     t.match(await outputOf(t, pool, '15000'), /^60000 regions, [0-9]{7} chunks\n$/, 'the thread pool, hammered');
 
-    const engine = await build(t.testdirName, 'engine_test', sanitizer, ENGINE);
+    const engine = await build(directory, 'engine_test', sanitizer, [...ENGINE, 'engine/engine_test']);
     const sets = loadAddon().cpu().kernelSets;
     for (const request of await REQUESTS) {
       const lines = sets.map((set) => `${set}: 28 steps\n`).join('');
       t.equal(await outputOf(t, engine, request), lines, basename(request));
     }
+
+    const streamed = await build(directory, 'streamed_test', sanitizer, [...ENGINE, 'engine/streamed_test']);
+    const models = ['drelu-q4', 'relu-f16', 'experts-q8', 'silu-q4'];
+    const lines = models.map((model) => `${model}: ${WAYS} ways, ${WAYS / 2} faults\n`).join('');
+    t.equal(await outputOf(t, streamed, directory, String(WAYS)), lines, 'streamed in many ways, on flash that fails');
   });
 }

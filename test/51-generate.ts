@@ -370,6 +370,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     weightBytes: 1000,
     kvBytes: 2000,
     scratchBytes: 3000,
+    majorFaults: 5 * tokens,
     stream: {
       hotHits: 2 * tokens,
       coldHits: tokens,
@@ -431,6 +432,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     batch_size: 16,
     kept_share: null,
     neurons_computed_share: null,
+    major_faults_per_token: 5,
     hot_hit_share: 0.5,
     cold_hit_share: 0.25,
     miss_share: 0.25,

@@ -1,6 +1,7 @@
 #include "native/addon/engine_object.h"
 
 #include <sched.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <cmath>
@@ -134,6 +135,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     set("weightBytes", c.weight_bytes);
     set("kvBytes", c.kv_bytes);
     set("scratchBytes", c.scratch_bytes);
+    rusage usage;
+    set("majorFaults", getrusage(RUSAGE_SELF, &usage) == 0 ? static_cast<uint64_t>(usage.ru_majflt) : 0);
     if (const Predictor* predictor = shared_->engine->predictor()) {
       const PredictorCounters p = predictor->counters();
       Napi::Object guesses = Napi::Object::New(env);
@@ -339,6 +342,7 @@ EngineConfig read_config(Fields& fields) {
   config.batch_size = fields.size("batchSize");
   if (fields.has("stream")) read_stream(fields, &config.stream);
   if (fields.has("predictor")) read_predictor(fields, &config.predictor);
+  config.mapped = fields.has("mapped") && fields.boolean("mapped");
   return config;
 }
 

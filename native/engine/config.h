@@ -104,6 +104,8 @@ struct EngineConfig {
   size_t batch_size;
   StreamConfig stream;
   PredictorConfig predictor;
+  /** Files are mapped and every neuron is computed: a baseline, without stream and predictor. */
+  bool mapped = false;
 
   size_t query_size() const { return head_count * head_dim; }
   size_t kv_size() const { return kv_head_count * head_dim; }

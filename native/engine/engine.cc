@@ -3,6 +3,7 @@
 #include <array>
 
 #include "native/engine/load.h"
+#include "native/engine/mapped_experts.h"
 #include "native/engine/norm.h"
 #include "native/engine/product.h"
 #include "native/engine/resident_experts.h"
@@ -30,6 +31,9 @@ Status check(const EngineConfig& c) {
   if (!c.rope_frequencies.empty() && c.rope_frequencies.size() * 2 != c.head_dim) {
     return Status::argument("ropeFrequencies must have headDim / 2 entries");
   }
+  if (c.mapped && (c.stream.enabled() || c.predictor.enabled())) {
+    return Status::argument("a mapped model is computed without stream and predictor");
+  }
   return Status::ok();
 }
 
@@ -56,7 +60,9 @@ std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
           Activations::quantized_bytes(hidden, routed),
           (Attention::scratch_bytes(config) + 63) / 64 * 64,
           (Ffn::scratch_bytes(config) + 63) / 64 * 64,
-          config.stream.enabled() ? 0 : ResidentExperts::scratch_bytes(config),
+          config.stream.enabled() ? 0
+          : config.mapped         ? MappedExperts::scratch_bytes(config)
+                                  : ResidentExperts::scratch_bytes(config),
           Activations::quantized_bytes(hidden, guessed),
           Activations::float_bytes(hidden, guessed_routed),
           Activations::quantized_bytes(hidden, guessed_routed),
@@ -69,11 +75,13 @@ Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
   Status status = check(config);
   if (status.is_ok()) status = check_neurons(config);
   if (!status.is_ok()) return status;
-  memory->weight_bytes = Weights::resident_bytes_needed(config);
   memory->kv_bytes = KvCache::bytes_needed(config);
   for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
   if (config.predictor.enabled()) memory->weight_bytes += Predictor::bytes_needed(config);
   memory->load_bytes = config.threads * kLoadBytes;
+  // Mapped pages are the kernel's.
+  if (config.mapped) return status;
+  memory->weight_bytes += Weights::resident_bytes_needed(config);
   if (!config.stream.enabled()) {
     memory->weight_bytes += Weights::neuron_bytes_needed(config);
     return status;
@@ -132,6 +140,9 @@ Status Engine::allocate() {
     if (!status.is_ok()) return status;
     streamed_ = streamed.get();
     experts_ = std::move(streamed);
+  } else if (config_.mapped) {
+    status = MappedExperts::open(config_, *kernels_, *pool_, pieces[10], &experts_);
+    if (!status.is_ok()) return status;
   } else {
     experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, pieces[10]);
   }
@@ -261,6 +272,8 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     } else if (done + batch == count) {
       compute_logits(batch - 1, 1, logits);
     }
+    const Status readable = weights_.resident().check();
+    if (!readable.is_ok()) return readable;
     done += batch;
     filled_ = position + done;
     tokens_ += batch;

@@ -38,6 +38,25 @@ Status check_extents(const std::string& path, const std::vector<ExtentConfig>& e
   return Status::ok();
 }
 
+Status verify_extents(const std::string& path, const std::vector<ExtentConfig>& extents, bool neurons, size_t threads) {
+  File file;
+  Status status = file.open(path);
+  if (status.is_ok()) status = check_extents(path, extents, neurons, file);
+  if (!status.is_ok()) return status;
+  return load_extents(extents, neurons, threads, [&](size_t index) {
+    const ExtentConfig& extent = extents[index];
+    std::vector<uint8_t> buffer(std::min(kLoadBytes, extent.bytes));
+    uint32_t sum = 0;
+    for (size_t done = 0; done < extent.bytes; done += buffer.size()) {
+      const size_t bytes = std::min(buffer.size(), extent.bytes - done);
+      Status read = file.read(extent.offset + done, bytes, buffer.data());
+      if (!read.is_ok()) return read;
+      sum = crc32(buffer.data(), bytes, sum);
+    }
+    return compare_checksum(extent, sum);
+  });
+}
+
 Status check_neurons(const EngineConfig& config) {
   const BundleLayout& layout = config.layout;
   const size_t weights = weight_bytes(config.ffn_encoding, config.hidden_size);

@@ -46,6 +46,12 @@ Status load_extents(const std::vector<ExtentConfig>& extents, bool neurons, size
 /** Whether a file holds every extent of its own (see load_extents), each of them once. `path` names it in errors. */
 Status check_extents(const std::string& path, const std::vector<ExtentConfig>& extents, bool neurons, const File& file);
 
+/**
+ * Compares the checksums of the extents of one file (see load_extents) and keeps nothing of it; what is read stays in the
+ * page cache, as far as the kernel likes.
+ */
+Status verify_extents(const std::string& path, const std::vector<ExtentConfig>& extents, bool neurons, size_t threads);
+
 /** Whether bundle layout, experts' offsets and neurons.bin fit the model's shape: no more is allocated than the file has. */
 Status check_neurons(const EngineConfig& config);
 

@@ -170,6 +170,11 @@ class StreamedExperts : public Experts {
   }
   /** Whether a second phase reads the rows of an entry: what was read ahead came whole. */
   bool wants_rows(size_t entry) const { return state_[entry] == kMissing && !is_ahead(gate_read_[entry]); }
+  /** For stages that run side by side: the gate stage drops missing entries while the resident stage passes over them. */
+  EntryState state_of(size_t entry) const {
+    return static_cast<EntryState>(std::atomic_ref(state_[entry]).load(std::memory_order_relaxed));
+  }
+  void set_state(size_t entry, EntryState state) { std::atomic_ref(state_[entry]).store(state, std::memory_order_relaxed); }
   /** One behind the last entry of a chunk. */
   size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count_[chunk]; }
   size_t mask_words() const { return (config_->batch_size + 63) / 64; }

@@ -1,7 +1,6 @@
 /** StreamedExperts: the stages of a round (paper section 1.7). */
 #include <chrono>
 #include <cstring>
-#include <limits>
 #include <thread>
 
 #include "native/base/pause.h"
@@ -94,7 +93,7 @@ void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk
       for (size_t t = 0; t < job.tokens && !fires; t++) fires = gate_fires(*config_, gates[t]);
     }
     if (fires) continue;
-    state_[entry] = kDropped;
+    set_state(entry, kDropped);
     gates_[entry] = 0.0f;
     if (two_phases) thread_counters_[thread].stream.spared_bytes += config_->layout.part2_bytes;
   }
@@ -184,7 +183,7 @@ void StreamedExperts::multiply_gates(const ExpertJob& job, size_t chunk, EntrySt
   float products[kNeuronChunk];
   size_t count = 0;
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] != state) continue;
+    if (state_of(entry) != state) continue;
     rows[count] = part1_[entry];
     entries[count++] = static_cast<uint32_t>(entry);
   }
@@ -197,7 +196,9 @@ void StreamedExperts::multiply_gates(const ExpertJob& job, size_t chunk, EntrySt
   }
 }
 
-/** Several tokens: the same for all entries of the chunk. A token that does not want a neuron gets a gate that never fires.
+/**
+ * Several tokens: the same for all entries of the chunk. A token that does not want a neuron gets the gate 0, which adds 0
+ * with every activation.
  */
 void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread) {
   const size_t first = chunk * kNeuronChunk;
@@ -218,7 +219,7 @@ void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, s
     for (size_t t = 0; t < job.tokens; t++) {
       const bool is_wanted = !masked || (mask[t / 64] >> t % 64 & 1) != 0;
       const float gate = products[t * kNeuronChunk + k] + (bias.exists() ? bias.floats()[neuron] : 0.0f);
-      gates[t] = is_wanted ? gate : -std::numeric_limits<float>::infinity();
+      gates[t] = is_wanted ? gate : 0.0f;
     }
   }
 }
@@ -231,7 +232,7 @@ void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, Entry
   float values[kNeuronChunk];
   size_t count = 0;
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] != state) continue;
+    if (state_of(entry) != state) continue;
     if (!gate_fires(*config_, gates_[entry])) {
       gates_[entry] = 0.0f;
       continue;

@@ -52,8 +52,26 @@ Status TensorFile::load(const std::string& path, const std::vector<ExtentConfig>
     }
     return compare_checksum(extent, sum);
   });
-  if (!status.is_ok()) return status;
+  base_ = memory_.data();
+  return status.is_ok() ? find_tensors(tensors) : status;
+}
 
+Status TensorFile::map(const std::string& path, const std::vector<ExtentConfig>& extents,
+                       const std::vector<TensorConfig>& tensors, size_t threads) {
+  extents_ = &extents;
+  Status status = mapping_.open(path);
+  if (status.is_ok()) status = verify_extents(path, extents, false, threads);
+  if (!status.is_ok()) return status;
+  for (const ExtentConfig& extent : extents) {
+    const bool inside = extent.is_neurons || extent.offset + extent.bytes <= mapping_.size();
+    if (!inside) return Status::io(path + " ends before " + extent.name + " does");
+    places_.push_back(extent.offset);
+  }
+  base_ = mapping_.data();
+  return find_tensors(tensors);
+}
+
+Status TensorFile::find_tensors(const std::vector<TensorConfig>& tensors) {
   for (const TensorConfig& tensor : tensors) {
     // Divided, not multiplied: a product of absurd sizes overflows.
     const size_t row = row_bytes(tensor.encoding, tensor.columns);
@@ -78,7 +96,7 @@ const uint8_t* TensorFile::at(size_t offset, size_t bytes) const {
     const ExtentConfig& extent = (*extents_)[i];
     if (extent.is_neurons || offset < extent.offset) continue;
     const size_t inside = offset - extent.offset;
-    if (inside <= extent.bytes && bytes <= extent.bytes - inside) return memory_.data() + places_[i] + inside;
+    if (inside <= extent.bytes && bytes <= extent.bytes - inside) return base_ + places_[i] + inside;
   }
   return nullptr;
 }

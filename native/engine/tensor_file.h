@@ -7,10 +7,11 @@
 #include "native/base/status.h"
 #include "native/engine/config.h"
 #include "native/engine/matrix.h"
+#include "native/storage/mapped_file.h"
 
 namespace pi2 {
 
-/** Extents of one file in memory, in their form on flash, and the tensors in them: resident.bin, predictor.bin. */
+/** Extents of one file in memory or mapped, in their form on flash, and the tensors in them: resident.bin, predictor.bin. */
 class TensorFile {
  public:
   /** Bytes that `load` takes. */
@@ -23,6 +24,12 @@ class TensorFile {
   Status load(const std::string& path, const std::vector<ExtentConfig>& extents, const std::vector<TensorConfig>& tensors,
               size_t threads, const char* what);
 
+  /** As `load`, but the file is mapped: its checksums are compared in a pass of their own, and no memory is taken. */
+  Status map(const std::string& path, const std::vector<ExtentConfig>& extents, const std::vector<TensorConfig>& tensors,
+             size_t threads);
+  /** Fails once a page of a mapped file could not be read. */
+  Status check() const { return mapping_.check(); }
+
   /** A tensor by name, or null. */
   const Matrix* find(const std::string& name) const;
   /** Memory of `bytes` bytes at `offset` of the file, or null if they were not loaded. */
@@ -30,9 +37,13 @@ class TensorFile {
   size_t bytes() const { return memory_.bytes(); }
 
  private:
+  Status find_tensors(const std::vector<TensorConfig>& tensors);
+
   const std::vector<ExtentConfig>* extents_ = nullptr;
-  std::vector<size_t> places_;  // (extent): where it begins in memory_
+  std::vector<size_t> places_;  // (extent): where it begins behind base_
+  const uint8_t* base_ = nullptr;
   HugeMemory memory_;
+  MappedFile mapping_;
   std::unordered_map<std::string, Matrix> tensors_;
 };
 

@@ -11,8 +11,10 @@ constexpr size_t kTailBytes = 4096;
 }  // namespace
 
 Status Weights::load(const EngineConfig& config) {
-  Status status = resident_.load(config.resident_path, config.extents, config.tensors, config.threads, "resident weights");
-  if (status.is_ok() && !config.stream.enabled()) status = load_neurons(config);
+  Status status = config.mapped ? resident_.map(config.resident_path, config.extents, config.tensors, config.threads)
+                                : resident_.load(config.resident_path, config.extents, config.tensors, config.threads,
+                                                 "resident weights");
+  if (status.is_ok() && !config.stream.enabled() && !config.mapped) status = load_neurons(config);
   if (status.is_ok()) status = bind(config);
   return status;
 }

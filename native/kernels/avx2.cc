@@ -93,10 +93,10 @@ void quantize(const float* x, size_t n, QuantizedGroup* out) {
 
 // -- How matrix products are cut --------------------------------------------------------------------------------------
 
-/** Rows at any address: row r has weights at weights[r] and scales `scales_offset` bytes further. */
+/** Rows at any address: row r has weights at weights[r] and scales `scales_offset` bytes further, or before if negative. */
 struct RowList {
   const uint8_t* const* weights;
-  size_t scales_offset;
+  ptrdiff_t scales_offset;
   /** Rows that follow those of a tile in this call. */
   size_t following;
 };
@@ -118,7 +118,7 @@ struct Tiles {
 
 /** All rows of a list for one token. */
 template <typename X>
-void dot_list(const Tiles<X>& tiles, const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups,
+void dot_list(const Tiles<X>& tiles, const uint8_t* const* rows, ptrdiff_t scales_offset, size_t row_count, size_t groups,
               const X* x, float* y) {
   for (size_t r = 0; r < row_count;) {
     const size_t left = row_count - r;
@@ -133,7 +133,8 @@ template <typename X>
 void matmul(const Tiles<X>& tiles, Rows rows, size_t row_count, size_t groups, const X* x, size_t x_stride, size_t tokens,
             float* y, size_t y_stride) {
   constexpr size_t rows_together = 16, rows_ahead = 4;
-  const size_t scales_offset = reinterpret_cast<uintptr_t>(rows.scales) - reinterpret_cast<uintptr_t>(rows.weights);
+  const auto scales_offset =
+      static_cast<ptrdiff_t>(reinterpret_cast<uintptr_t>(rows.scales) - reinterpret_cast<uintptr_t>(rows.weights));
   for (size_t begin = 0; begin < row_count; begin += rows_together) {
     const size_t left = row_count - begin;
     const size_t count = left < rows_together ? left : rows_together;

@@ -7,6 +7,7 @@ import { requireTokens } from '../engine/generate.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { openEngine } from './open-engine.js';
 import {
+  addEngineChoice,
   addEngineOptions,
   addExactOption,
   addModelOption,
@@ -29,6 +30,7 @@ export function evalCommand(): Command {
     .requiredOption('--tokens <ids>', 'the tokens: 1,2,3', parseTokens)
     .requiredOption('--logits <file>', 'where to write: float32, little-endian, positions x vocabulary');
   addExactOption(addEngineOptions(command));
+  addEngineChoice(command);
   command.addHelpText(
     'after',
     `

@@ -1,7 +1,7 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { nearestName, Pi2Error } from '../base/error.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
-import { type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
+import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
 import { SAMPLING_DEFAULTS, type SamplingOptions } from '../engine/sampler.js';
 import { LIMITS } from '../format/hyperparameters.js';
 import { type MemoryLimit, parseMemoryLimit } from '../plan/memory-limit.js';
@@ -12,6 +12,8 @@ export interface EngineFlags {
   threads: number;
   cpu?: KernelSet;
   memory?: MemoryLimit;
+  /** Only of commands that have `--engine`. */
+  engine?: EngineName;
   loadMode: LoadMode;
   verifyReads?: boolean;
   exact?: boolean;
@@ -64,6 +66,13 @@ export function addExactOption(command: Command): Command {
   return command.option('--exact', 'compute every neuron that fires, as if the model had no predictor');
 }
 
+/** Adds `--engine`, for commands that compare engines. */
+export function addEngineChoice(command: Command): Command {
+  const engines = ENGINES.join(', ');
+  const choice = new Option('--engine <name>', `${engines}; mmap is a baseline: files mapped, all neurons computed`);
+  return command.addOption(choice.argParser(parseName(ENGINES)).default('pi2'));
+}
+
 /** Adds the options of sampling, with llama.cpp's names, meanings and defaults. */
 export function addSamplingOptions(command: Command): Command {
   const defaults = SAMPLING_DEFAULTS;
@@ -92,6 +101,7 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     threads: flags.threads,
     ...(flags.cpu === undefined ? {} : { kernelSet: flags.cpu }),
     ...(flags.memory === undefined ? {} : { memory: flags.memory }),
+    ...(flags.engine === undefined ? {} : { engine: flags.engine }),
     loadMode: flags.loadMode,
     verifyReads: flags.verifyReads === true,
     exact: flags.exact === true,

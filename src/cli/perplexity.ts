@@ -7,7 +7,14 @@ import { openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
 import { TextTokenizer } from '../text/tokenizer.js';
 import { openEngine } from './open-engine.js';
-import { addEngineOptions, addExactOption, addModelOption, type EngineFlags, engineOptions } from './options.js';
+import {
+  addEngineChoice,
+  addEngineOptions,
+  addExactOption,
+  addModelOption,
+  type EngineFlags,
+  engineOptions,
+} from './options.js';
 import { log, Progress, throwIfInterrupted, withInterrupt, writeJson, writeOut } from './output.js';
 
 interface PerplexityFlags extends EngineFlags {
@@ -27,6 +34,7 @@ export function perplexityCommand(): Command {
   addModelOption(command).requiredOption('-f, --file <file>', 'a UTF-8 text file');
   addEngineOptions(command, `tokens in a window; 0 is ${CONTEXT_DEFAULT} or the model’s own if that is shorter`);
   addExactOption(command);
+  addEngineChoice(command);
   command.option('--json', 'the result as one JSON object on stdout').addHelpText(
     'after',
     `

@@ -14,6 +14,7 @@ import { TokenStream } from '../text/token-stream.js';
 import { TextTokenizer } from '../text/tokenizer.js';
 import { openEngine } from './open-engine.js';
 import {
+  addEngineChoice,
   addEngineOptions,
   addExactOption,
   addModelOption,
@@ -49,6 +50,7 @@ export function runCommand(): Command {
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
   addExactOption(addEngineOptions(command));
+  addEngineChoice(command);
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
     .option('--json', 'one JSON object a line on stdout: tokens, then the report')
@@ -188,14 +190,16 @@ async function openTokenizer(model: ModelDirectory, optional: boolean): Promise<
 function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
   const { name, hyperparameters: h, quantization } = model.manifest;
   const { weightBytes, kvBytes } = engine.counters();
-  log(
-    `${name}: ${h.family}, ${quantization.name}, ${formatBytes(weightBytes)} of weights loaded in ${formatMs(engine.loadMs)}`,
-  );
+  const isMapped = engine.storage === 'mmap';
+  const weights = isMapped ? 'weights mapped' : `${formatBytes(weightBytes)} of weights loaded`;
+  log(`${name}: ${h.family}, ${quantization.name}, ${weights} in ${formatMs(engine.loadMs)}`);
   const own = asked === 0 ? ' (the model’s own)' : '';
   log(
     `context ${engine.contextLength}${own}, KV cache ${formatBytes(kvBytes)}; ${engine.threads} threads, ${engine.kernelSet}`,
   );
-  if (engine.storage !== 'resident') {
+  if (engine.gatesResidentShare === null) {
+    log('page cache is not part of the budget: the kernel decides what is in memory');
+  } else if (engine.storage !== 'resident') {
     log(
       `neurons from flash: ${engine.storage}; in memory ${describeKept(engine)}, budget ${formatBytes(engine.budgetBytes)}`,
     );

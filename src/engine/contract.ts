@@ -239,6 +239,11 @@ export interface EngineRequest {
   stream?: StreamRequest;
   /** Absent: every gate is computed. */
   predictor?: PredictorRequest;
+  /**
+   * Both files are mapped and every neuron is computed: what is in memory is the page cache's choice. Without `stream` and
+   * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
+   */
+  mapped?: boolean;
 }
 
 export interface StepRequest {
@@ -274,6 +279,8 @@ export interface EngineCounters {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  /** Page faults of the whole process, since it began, that waited for a disk. */
+  majorFaults: number;
   stream?: StreamCounters;
   predictor?: PredictorCounters;
 }

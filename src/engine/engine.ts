@@ -16,6 +16,8 @@ export interface EngineOptions {
   kernelSet?: KernelSet;
   /** Memory of the whole process; absent: what the machine can give today. */
   memory?: MemoryLimit;
+  /** Default `pi2`. */
+  engine?: EngineName;
   /** Default `auto`. */
   loadMode?: LoadMode;
   /** Compares the checksum of every bundle that is read from flash while computing. */
@@ -30,6 +32,10 @@ export interface EngineOptions {
  */
 export const LOAD_MODES = ['auto', 'resident', 'direct', 'buffered'] as const;
 export type LoadMode = (typeof LOAD_MODES)[number];
+
+/** `pi2`: what this project is about. `mmap`: a baseline, files mapped and every neuron computed, as other engines do it. */
+export const ENGINES = ['pi2', 'mmap'] as const;
+export type EngineName = (typeof ENGINES)[number];
 
 /** What a step computes and tells besides the logits of its last token; see `StepRequest`. */
 export interface StepOptions {
@@ -80,10 +86,10 @@ export class Engine implements StepEngine {
   readonly loadMs: number;
   /** Memory that the whole process was to stay within. With `min`, what that came to. */
   readonly budgetBytes: number;
-  /** How weights are really held: `resident`, or how neurons are read, e.g. `direct, io_uring`. */
+  /** How weights are really held: `resident`, `mmap`, or how neurons are read, e.g. `direct, io_uring`. */
   readonly storage: string;
-  /** Of all gates, those that are in memory. */
-  readonly gatesResidentShare: number;
+  /** Of all gates, those that are in memory; null when that is the page cache's choice. */
+  readonly gatesResidentShare: number | null;
   /** What the neuron cache is divided into; null when every neuron is in memory. */
   readonly regions: Regions | null;
   /** The setting of the predictor; null when every neuron that fires is computed. */
@@ -100,7 +106,7 @@ export class Engine implements StepEngine {
   ) {
     this.#native = native;
     this.budgetBytes = budgetBytes;
-    this.storage = native.counters().stream?.storage ?? 'resident';
+    this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
     this.regions = regionsOf(request);
     this.operatingPoint = operatingPoint;
@@ -117,8 +123,9 @@ export class Engine implements StepEngine {
   }
 
   /**
-   * Loads a model. Throws `Pi2Error`: E_USAGE for a context the model cannot have, E_CPU for kernels this CPU cannot run,
-   * E_MEMORY when the budget is too little, E_IO when a file cannot be read, E_MODEL when the profile is not the model's.
+   * Loads a model. Throws `Pi2Error`: E_USAGE for a context the model cannot have or options that do not go together, E_CPU for
+   * kernels this CPU cannot run, E_MEMORY when the budget is too little, E_IO when a file cannot be read, E_MODEL when the profile
+   * is not the model's.
    */
   static async open(model: ModelDirectory, options: EngineOptions, addon: NativeAddon = loadAddon()): Promise<Engine> {
     const start = performance.now();
@@ -170,7 +177,8 @@ export function chooseContext(model: ModelDirectory, asked: number): number {
   return asked;
 }
 
-function gatesResidentShare({ stream, neuronCount }: EngineRequest): number {
+function gatesResidentShare({ stream, neuronCount, mapped }: EngineRequest): number | null {
+  if (mapped) return null;
   if (stream === undefined) return 1;
   return sum(stream.residentGates) / (stream.residentGates.length * neuronCount);
 }

@@ -46,13 +46,18 @@ export async function planRequest(
   options: EngineOptions,
   addon: NativeAddon,
 ): Promise<PlannedRequest> {
-  const { memory, exact, verifyReads = false, loadMode = 'auto' } = options;
+  const { memory, verifyReads = false, loadMode = 'auto', engine = 'pi2' } = options;
+  const isMapped = engine === 'mmap';
+  if (isMapped) requireMappable(options);
+  const exact = options.exact || isMapped;
   const { predictor } = model.manifest;
   const readMode = loadMode === 'buffered' ? 'buffered' : 'direct';
-  const mode = loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
+  // What is mapped is the page cache's: the budget is of what the process takes for itself.
+  const mode = isMapped ? 'resident' : loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
   const requestOf = (batchSize: number, shape: StreamShape | undefined, point: OperatingPoint | null) => ({
     ...base,
+    ...(isMapped ? { mapped: true } : {}),
     ...(shape === undefined ? {} : streamRequest(model, shape, readMode, verifyReads)),
     ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
     batchSize,
@@ -95,6 +100,14 @@ export async function planRequest(
   const exactly = await decide();
   const why = whyExact(predictor, predicted.plan, exactly.plan, point);
   return why === null ? planned(predicted, point, null) : planned(exactly, null, why);
+}
+
+/** Refuses options that have no meaning where the kernel decides what is in memory. */
+function requireMappable({ loadMode = 'auto', verifyReads }: EngineOptions): void {
+  if (loadMode === 'auto' && !verifyReads) return;
+  const option = verifyReads ? '--verify-reads' : `--load-mode ${loadMode}`;
+  const why = `--engine mmap cannot have ${option}: the kernel decides what is read`;
+  throw new Pi2Error('E_USAGE', why, 'leave one out');
 }
 
 interface Decision {

@@ -34,22 +34,24 @@ export interface RunReport extends StreamReport, PredictorReport {
   token_latency_ms_p50: number | null;
   token_latency_ms_p90: number | null;
   token_latency_ms_p99: number | null;
-  /** How neurons are really held: all in memory, or read past the page cache or through it. */
+  /** How neurons are really held: all in memory, read past the page cache or through it, or mapped (`mmap`). */
   load_mode: string;
   /** The same with the means: `resident`, or for example `direct, io_uring`. */
   storage: string;
   /** Memory that the whole process was to stay within, and the most it had. */
   memory_budget_bytes: number;
   peak_memory_bytes: number;
-  /** Of all gates, those that are in memory; of all neurons, those whose up and down rows have a place in memory. */
-  gates_resident_share: number;
-  rows_resident_share: number;
+  /** Of all gates, those in memory; of all neurons, those whose up and down rows have a place. Null with `mmap`: only the kernel knows. */
+  gates_resident_share: number | null;
+  rows_resident_share: number | null;
   /** Bytes of the regions of the neuron cache; null when every neuron is in memory. */
   gates_bytes: number | null;
   hot_bytes: number | null;
   cold_bytes: number | null;
   /** Tokens of a prompt that are computed together. */
   batch_size: number;
+  /** Page faults that waited for a disk: with `mmap`, weights that were not in the page cache. */
+  major_faults_per_token: number | null;
   weight_bytes: number;
   kv_cache_bytes: number;
   scratch_bytes: number;
@@ -120,11 +122,13 @@ export function runReport(facts: RunFacts): RunReport {
     memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
     gates_resident_share: engine.gatesResidentShare,
-    rows_resident_share: engine.regions?.rowsShare ?? 1,
+    rows_resident_share: engine.gatesResidentShare === null ? null : (engine.regions?.rowsShare ?? 1),
     gates_bytes: engine.regions?.gatesBytes ?? null,
     hot_bytes: engine.regions?.hotBytes ?? null,
     cold_bytes: engine.regions?.coldBytes ?? null,
     batch_size: engine.batchSize,
+    major_faults_per_token:
+      decodedTokens > 0 ? (counters.majorFaults - facts.countersAfterPrompt.majorFaults) / decodedTokens : null,
     weight_bytes: counters.weightBytes,
     kv_cache_bytes: counters.kvBytes,
     scratch_bytes: counters.scratchBytes,
@@ -167,7 +171,7 @@ export function formatRunReport(report: RunReport): string {
       'peak memory',
       `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
     ],
-    ['load mode', report.storage],
+    ['load mode', describeLoad(report)],
     ...regionLines(report),
     ...streamLines(report),
     ...predictorLines(report),
@@ -183,9 +187,15 @@ export function formatRunReport(report: RunReport): string {
 
 /** Where neurons are, when not all of them are in memory. */
 function regionLines(report: RunReport): [string, string][] {
-  const { gates_bytes, hot_bytes, cold_bytes } = report;
+  const { gates_bytes, hot_bytes, cold_bytes, gates_resident_share, rows_resident_share } = report;
   if (gates_bytes === null || hot_bytes === null || cold_bytes === null) return [];
-  const gates = `gates ${formatBytes(gates_bytes)} (${formatShare(report.gates_resident_share)})`;
-  const rows = `hot ${formatBytes(hot_bytes)}, cold ${formatBytes(cold_bytes)} (${formatShare(report.rows_resident_share)})`;
+  const gates = `gates ${formatBytes(gates_bytes)} (${formatShare(gates_resident_share ?? 0)})`;
+  const rows = `hot ${formatBytes(hot_bytes)}, cold ${formatBytes(cold_bytes)} (${formatShare(rows_resident_share ?? 0)})`;
   return [['neurons kept', report.kept_share === null ? `${gates}, ${rows}` : rows]];
+}
+
+function describeLoad({ storage, gates_resident_share: gates, major_faults_per_token: faults }: RunReport): string {
+  if (gates !== null) return storage;
+  const waits = faults === null ? '' : `; ${faults.toFixed(1)} major page faults a token`;
+  return `${storage}, what is in memory is up to the kernel’s page cache${waits}`;
 }
