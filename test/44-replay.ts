@@ -230,6 +230,15 @@ t.test(
   },
 );
 
+/** The logits after each token, computed one by one, as bytes. */
+async function decode(engine: Pick<Engine, 'step'>, window: readonly number[], vocab: number): Promise<Buffer> {
+  const rows = new Float32Array(window.length * vocab);
+  for (const [position, id] of window.entries()) {
+    await engine.step(Int32Array.of(id), position, rows.subarray(position * vocab, (position + 1) * vocab));
+  }
+  return Buffer.from(rows.buffer);
+}
+
 t.test('replay counts what the engine counts, on the same tokens with the same places', async (t) => {
   // Where up is not rectified a neuron is needed if and only if it fires.
   const models = [
@@ -246,6 +255,7 @@ t.test('replay counts what the engine counts, on the same tokens with the same p
     const engine = await Engine.open(model, { context: 128, threads: 2 }, { ...addon, openEngine });
     const window = Array.from({ length: 100 }, (_, i) => (i * 37 + 5) % engine.vocabSize);
     const trace = await recordTrace(model, engine, [window]);
+    const expected = await decode(engine, window, engine.vocabSize);
     await engine.close();
     const resident = request as EngineRequest;
     const { neuronCount, vocabSize } = resident;
@@ -267,10 +277,9 @@ t.test('replay counts what the engine counts, on the same tokens with the same p
         const flash = { mode: 'direct', backend: 'threads', lanes: 2 } as const;
         const stream: StreamRequest = { residentGates: fill(neuronCount), ...kept, stagingBytes: 1 << 18, ...flash };
         const streamed = await addon.openEngine({ ...resident, stream });
-        const logits = new Float32Array(vocabSize);
-        for (const [position, id] of window.entries()) {
-          await streamed.step({ tokens: Int32Array.of(id), position, logits, all: false });
-        }
+        const step = (tokens: Int32Array, position: number, logits: Float32Array) =>
+          streamed.step({ tokens, position, logits, all: false });
+        t.ok((await decode({ step }, window, vocabSize)).equals(expected), 'and computes what the resident one does');
         const { hotHits, coldHits, misses } = streamed.counters().stream ?? {};
         await streamed.close();
         const replayed = await addon.replayCache({ ...trace, ...kept, countFrom: 0 });
