@@ -1,13 +1,12 @@
-import { mkdir, writeFile } from 'node:fs/promises';
 import os from 'node:os';
-import { join } from 'node:path';
-import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
-import { EXIT, fileError, nearestName, Pi2Error } from '../src/base/error.js';
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { nearestName } from '../src/base/error.js';
 import { parseInteger } from '../src/cli/options.js';
 import { KERNEL_SETS, type KernelSet } from '../src/engine/contract.js';
 import { QUANTIZATIONS, type QuantizationName } from '../src/format/manifest.js';
 import { measureModel } from './measure.js';
-import { clearCache, prepareDemo, prepareSynthetic, RESULTS } from './models.js';
+import { clearCache, prepareDemo, prepareSynthetic } from './models.js';
+import { log, runProgram, saveOption, saveResult } from './program.js';
 import { type Conditions, conditions, conversionRows, type Row, testRows, toMarkdown } from './report.js';
 import { SHAPES, type Shape } from './shapes.js';
 
@@ -43,10 +42,8 @@ function buildProgram(): Command {
     .addOption(number('-t, --threads <n>', 'threads; 0 is all cores', 0, THREADS_MAX, 0))
     .addOption(new Option('--cpu <set>', 'force a kernel set').choices(KERNEL_SETS))
     .addOption(new Option('-o, --output <format>', 'form of the result').choices(['md', 'json', 'jsonl']).default('md'))
-    .addOption(new Option('--save <name>', 'keep the raw result as bench/results/NAME/raw.jsonl').argParser(parseName))
+    .addOption(saveOption())
     .option('--keep', 'leave checkpoints and models in bench/cache for the next run')
-    .helpOption('-h, --help', 'print this help')
-    .exitOverride()
     .action(bench);
 }
 
@@ -76,7 +73,7 @@ async function bench(flags: Flags): Promise<void> {
   const command = ['npm run bench --', ...process.argv.slice(2)].join(' ');
   const facts = conditions(command, loadBefore);
   process.stdout.write(format(flags.output, facts, rows));
-  if (flags.save !== undefined) await save(flags.save, format('jsonl', facts, rows));
+  if (flags.save !== undefined) await saveResult(flags.save, format('jsonl', facts, rows));
 }
 
 function format(kind: Flags['output'], facts: Conditions, rows: Row[]): string {
@@ -90,16 +87,6 @@ function format(kind: Flags['output'], facts: Conditions, rows: Row[]): string {
   }
 }
 
-async function save(name: string, text: string): Promise<void> {
-  const directory = join(RESULTS, name);
-  try {
-    await mkdir(directory, { recursive: true });
-    await writeFile(join(directory, 'raw.jsonl'), text);
-  } catch (error) {
-    throw fileError(error, 'save the result in', directory);
-  }
-}
-
 function parseShape(text: string): Shape {
   const found = SHAPES.find(({ name }) => name === text);
   if (found) return found;
@@ -108,25 +95,4 @@ function parseShape(text: string): Shape {
   throw new InvalidArgumentError(`Expected one of ${names.join(', ')}.${nearest ? ` Did you mean ${nearest}?` : ''}`);
 }
 
-/** A result is a folder beside the others: no path. */
-function parseName(text: string): string {
-  if (!/^[\w][\w.-]*$/.test(text)) throw new InvalidArgumentError('Expected letters, digits, dots and dashes.');
-  return text;
-}
-
-function log(line: string): void {
-  process.stderr.write(`${line}\n`);
-}
-
-try {
-  await buildProgram().parseAsync();
-} catch (error) {
-  if (error instanceof CommanderError) {
-    process.exitCode = error.exitCode === 0 ? EXIT.ok : EXIT.usage;
-  } else if (error instanceof Pi2Error) {
-    log(`error: ${error.message}${error.hint ? `\n  ${error.hint}` : ''}`);
-    process.exitCode = error.exitStatus;
-  } else {
-    throw error;
-  }
-}
+await runProgram(buildProgram());

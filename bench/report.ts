@@ -149,7 +149,8 @@ export function toMarkdown(facts: Conditions, rows: readonly Row[]): string {
   ].join('\n');
 }
 
-function describeConditions(facts: Conditions): string {
+/** The command and the machine, in words. */
+export function describeConditions(facts: Conditions): string {
   const load = `${facts.load_average_before.toFixed(2)} before, ${facts.load_average_after.toFixed(2)} after`;
   return `\`${facts.command}\`
 ${facts.cpu_model} (${facts.cpu_features.join(' ')}), ${facts.cores} cores, ${formatBytes(facts.memory_bytes)}; load ${load}
@@ -218,7 +219,8 @@ function gigabytes(bytesPerSecond: number): string {
   return (bytesPerSecond / 1e9).toFixed(1);
 }
 
-function markdownTable(header: string[], lines: string[][]): string {
+/** A table as Markdown, columns aligned. */
+export function markdownTable(header: string[], lines: string[][]): string {
   const widths = header.map((name, i) => Math.max(name.length, ...lines.map((line) => line[i].length)));
   const row = (cells: string[]) => `| ${cells.map((cell, i) => cell.padEnd(widths[i])).join(' | ')} |\n`;
   return row(header) + row(widths.map((width) => '-'.repeat(width))) + lines.map(row).join('');

@@ -1,10 +1,12 @@
 /** The native side of src/engine/contract.ts: what JavaScript can call. */
 #include <napi.h>
 
+#include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
 #include "native/addon/engine_object.h"
 
 static Napi::Object init(Napi::Env env, Napi::Object exports) {
+  pi2::export_cache_calls(env, exports);
   pi2::export_converter_calls(env, exports);
   pi2::export_engine_calls(env, exports);
   return exports;

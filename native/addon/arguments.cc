@@ -94,6 +94,16 @@ std::vector<double> Fields::numbers(const char* name) {
   return result;
 }
 
+std::vector<float> Fields::floats(const char* name) {
+  const Napi::Value v = object_.Get(name);
+  if (!v.IsTypedArray() || v.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array) {
+    fail(std::string(name) + " must be a Float32Array");
+    return {};
+  }
+  Napi::Float32Array array = v.As<Napi::Float32Array>();
+  return {array.Data(), array.Data() + array.ElementLength()};
+}
+
 Napi::Uint8Array Fields::bytes(const char* name) {
   const Napi::Value v = object_.Get(name);
   if (!v.IsTypedArray() || v.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {

@@ -36,6 +36,8 @@ class Fields {
   std::string text(const char* name);
   bool has(const char* name) const;
   std::vector<double> numbers(const char* name);
+  /** A copy of a Float32Array. */
+  std::vector<float> floats(const char* name);
   /** A view of JavaScript's memory: keep the object referenced while it is used. */
   Napi::Uint8Array bytes(const char* name);
   Napi::Value value(const char* name);

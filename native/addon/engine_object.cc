@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 
+#include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
 #include "native/addon/task.h"
 #include "native/base/bandwidth.h"
@@ -243,18 +244,8 @@ void read_predictor(Fields& request, PredictorConfig* predictor) {
 
 void read_stream(Fields& request, StreamConfig* stream) {
   Fields fields(request.value("stream"));
-  const std::vector<double> gates = fields.numbers("residentGates");
-  const std::vector<double> hot = fields.numbers("hotNeurons");
-  const std::vector<double> cold = fields.numbers("coldSlots");
-  const auto size = [&](double value) {
-    if (!(value >= 0 && value <= 1e9)) fields.fail("residentGates, hotNeurons and coldSlots must be sizes");
-    return value >= 0 && value <= 1e9 ? static_cast<size_t>(value) : 0;
-  };
-  if (gates.empty() || gates.size() != hot.size() || gates.size() != cold.size()) {
-    fields.fail("residentGates, hotNeurons and coldSlots must have one entry a layer and expert");
-  } else {
-    for (size_t i = 0; i < gates.size(); i++) stream->banks.push_back({size(gates[i]), size(hot[i]), size(cold[i])});
-  }
+  stream->banks = read_bank_plans(fields, fields.numbers("residentGates"));
+  stream->firing_rates = read_firing_rates(fields);
   stream->staging_bytes = fields.size("stagingBytes");
   stream->lanes = fields.size("lanes");
   const std::string mode = fields.text("mode");
@@ -309,13 +300,7 @@ EngineConfig read_config(Fields& fields) {
   if (norm != "layer" && norm != "rms") fields.fail("normKind must be rms or layer");
   config.norm_kind = norm == "layer" ? NormKind::kLayer : NormKind::kRms;
   config.norm_epsilon = static_cast<float>(fields.number("normEpsilon"));
-  const Napi::Value frequencies = fields.value("ropeFrequencies");
-  if (frequencies.IsTypedArray() && frequencies.As<Napi::TypedArray>().TypedArrayType() == napi_float32_array) {
-    Napi::Float32Array array = frequencies.As<Napi::Float32Array>();
-    config.rope_frequencies.assign(array.Data(), array.Data() + array.ElementLength());
-  } else {
-    fields.fail("ropeFrequencies must be a Float32Array");
-  }
+  config.rope_frequencies = fields.floats("ropeFrequencies");
   for (const double window : fields.numbers("windows")) {
     if (!(window >= 0 && window <= 1e9)) fields.fail("windows must be sizes");
     config.windows.push_back(static_cast<size_t>(window));

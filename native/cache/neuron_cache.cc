@@ -1,5 +1,6 @@
 #include "native/cache/neuron_cache.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "native/base/carver.h"
@@ -8,9 +9,11 @@ namespace pi2 {
 namespace {
 
 /** Ticks (tokens) after which a use counts half. */
-constexpr float kHalfLife = 64.0f;
+constexpr float kHalfLife = 16.0f;
+/** What one use a tick comes to: the sum of 2^(-k / kHalfLife). */
+constexpr float kTicksCounted = 1.4427f * kHalfLife + 0.5f;
 /** Slots looked at to find one to take: close to the true least scored, at a constant price. */
-constexpr int kSamples = 12;
+constexpr size_t kLooks = 24;
 
 size_t weight_bytes_needed(const std::vector<BankPlan>& plans, size_t part1_bytes, size_t slot_bytes) {
   size_t bytes = 0;
@@ -25,11 +28,12 @@ size_t weight_bytes_needed(const std::vector<BankPlan>& plans, size_t part1_byte
 
 size_t NeuronCache::bytes_needed(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes) {
   size_t records = 0;
-  for (const BankPlan& plan : plans) records += 12 * (neurons + 16) + 4 * (plan.cold_slots + 16);
+  for (const BankPlan& plan : plans) records += 16 * (neurons + 16) + 4 * (plan.cold_slots + 16);
   return weight_bytes_needed(plans, part1_bytes, slot_bytes) + records;
 }
 
-Status NeuronCache::allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes) {
+Status NeuronCache::allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes,
+                             const std::vector<float>& firing_rates) {
   part1_bytes_ = part1_bytes;
   slot_bytes_ = slot_bytes;
   const size_t weights = weight_bytes_needed(plans, part1_bytes, slot_bytes);
@@ -48,50 +52,57 @@ Status NeuronCache::allocate(const std::vector<BankPlan>& plans, size_t neurons,
     bank.hot = bank.gates + plans[i].resident_gates * part1_bytes;
     bank.cold = bank.hot + plans[i].hot_neurons * slot_bytes;
     next = bank.cold + plans[i].cold_slots * slot_bytes;
-    bank.score = carver.take<float>(neurons);
-    bank.used = carver.take<uint32_t>(neurons);
-    bank.slot_of = carver.take<int32_t>(neurons);
+    bank.neurons = carver.take<Neuron>(neurons);
     bank.neuron_of = carver.take<int32_t>(plans[i].cold_slots);
-    for (size_t n = 0; n < neurons; n++) bank.slot_of[n] = kNoSlot;
+    for (size_t n = 0; n < neurons; n++) {
+      const float rate = firing_rates.empty() ? 0.0f : firing_rates[i * neurons + n];
+      bank.neurons[n] = {.recent = 0.0f, .usual = kTicksCounted * rate, .used = 0, .slot = kNoSlot};
+    }
     for (size_t s = 0; s < plans[i].cold_slots; s++) bank.neuron_of[s] = kNoSlot;
-    bank.random = 0x9e3779b97f4a7c15ull * (i + 1);
+    // In heat order, the neurons after the hot ones are the likeliest.
+    const size_t first = bank.plan.hot_neurons;
+    const size_t filled = firing_rates.empty() ? 0 : std::min(bank.plan.cold_slots, neurons - first);
+    for (; bank.free_from < filled; bank.free_from++) {
+      bank.neurons[first + bank.free_from].slot = static_cast<int32_t>(bank.free_from);
+      bank.neuron_of[bank.free_from] = static_cast<int32_t>(first + bank.free_from);
+    }
     banks_.push_back(bank);
   }
   return status;
 }
 
-float NeuronCache::score_now(const Bank& bank, size_t neuron) {
-  return bank.score[neuron] * std::exp2(-static_cast<float>(bank.tick - bank.used[neuron]) / kHalfLife);
+float NeuronCache::recent_now(const Bank& bank, const Neuron& neuron) {
+  return neuron.recent * std::exp2(-static_cast<float>(bank.tick - neuron.used) / kHalfLife);
 }
 
 void NeuronCache::touch(size_t bank_index, size_t neuron) {
   const Bank& bank = banks_[bank_index];
-  bank.score[neuron] = score_now(bank, neuron) + 1.0f;
-  bank.used[neuron] = bank.tick;
+  Neuron& touched = bank.neurons[neuron];
+  touched.recent = recent_now(bank, touched) + 1.0f;
+  touched.used = bank.tick;
 }
 
 int32_t NeuronCache::admit(size_t bank_index, size_t neuron) {
   Bank& bank = banks_[bank_index];
-  if (bank.free_from < bank.plan.cold_slots) {
+  const size_t slots = bank.plan.cold_slots;
+  if (bank.free_from < slots) {
     const auto slot = static_cast<int32_t>(bank.free_from++);
     bank.neuron_of[slot] = static_cast<int32_t>(neuron);
     return slot;
   }
-  if (bank.plan.cold_slots == 0) return kNoSlot;
   int32_t best = kNoSlot;
-  float best_score = bank.score[neuron];
-  for (int i = 0; i < kSamples; i++) {
-    bank.random ^= bank.random << 13;
-    bank.random ^= bank.random >> 7;
-    bank.random ^= bank.random << 17;
-    const auto slot = static_cast<int32_t>(bank.random % bank.plan.cold_slots);
+  float best_score = score_now(bank, bank.neurons[neuron]);
+  for (size_t i = 0; i < std::min(kLooks, slots); i++) {
+    bank.hand = bank.hand + 1 < slots ? bank.hand + 1 : 0;
+    const auto slot = static_cast<int32_t>(bank.hand);
     const int32_t kept = bank.neuron_of[slot];
     if (kept == kNoSlot) {
       best = slot;
       break;
     }
-    if (bank.used[kept] == bank.tick) continue;  // in use, or being filled
-    const float score = score_now(bank, static_cast<size_t>(kept));
+    const Neuron& candidate = bank.neurons[kept];
+    if (candidate.used == bank.tick) continue;  // in use, or being filled
+    const float score = score_now(bank, candidate);
     if (score < best_score) {
       best_score = score;
       best = slot;
@@ -99,12 +110,12 @@ int32_t NeuronCache::admit(size_t bank_index, size_t neuron) {
   }
   if (best == kNoSlot) return kNoSlot;
   const int32_t victim = bank.neuron_of[best];
-  if (victim != kNoSlot) bank.slot_of[victim] = kNoSlot;
+  if (victim != kNoSlot) bank.neurons[victim].slot = kNoSlot;
   bank.neuron_of[best] = static_cast<int32_t>(neuron);
   return best;
 }
 
-void NeuronCache::commit(size_t bank_index, size_t neuron, int32_t slot) { banks_[bank_index].slot_of[neuron] = slot; }
+void NeuronCache::commit(size_t bank_index, size_t neuron, int32_t slot) { banks_[bank_index].neurons[neuron].slot = slot; }
 
 void NeuronCache::abandon(size_t bank_index, int32_t slot) { banks_[bank_index].neuron_of[slot] = kNoSlot; }
 

@@ -10,13 +10,15 @@
  * Up and down rows are kept as kernels want them, weights and scales together, without the padding of flash.
  *
  * Life of a cold slot: free -> filling (admit: it has a neuron, nobody finds it) -> kept (commit: find returns it) ->
- * filling for another neuron, or free again (abandon, after a failed read). A slot whose neuron was used in the current tick
- * is never taken away, so pointers that `rows` returned stay good until the bank's next tick.
+ * filling for another neuron, or free again (abandon, after a failed read). With firing rates slots begin as kept. A slot
+ * whose neuron was used in the current tick is never taken away, so pointers that `rows` returned stay good until the bank's
+ * next tick.
  *
- * Policy: frequency with aging. A use adds 1 to a neuron's score, which halves every kHalfLife ticks of its bank. A new
- * neuron takes the least scored of a few sampled slots, and only if its own score is higher: recency alone loses to
- * frequency on traces of real models. Each bank has its own slots, so one layer cannot flush the next (the cliff of a global
- * LRU).
+ * Policy: what a neuron did of late and what it does in the long run. A use adds 1 to its score, which halves every
+ * kHalfLife ticks of its bank; to that comes what the score would be in the mean if the neuron fired as often as on
+ * calibration text. A new neuron takes the least scored of some slots, and only if its own score is higher. Each bank has
+ * its own slots, so one layer cannot flush the next (the cliff of a global LRU). docs/CACHE.md has the traces that this was
+ * chosen on.
  *
  * Threads: `touch` may run on several threads for distinct neurons; everything else on the planning thread, between regions.
  */
@@ -40,7 +42,12 @@ class NeuronCache {
  public:
   static constexpr int32_t kNoSlot = -1;
 
-  Status allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes);
+  /**
+   * Takes all memory. `firing_rates` (bank, neuron): the share of its bank's ticks in which each neuron fires on calibration
+   * text; empty where that is not known. With rates slots do not begin free, but with the hottest neurons that are not hot.
+   */
+  Status allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes,
+                  const std::vector<float>& firing_rates);
 
   const BankPlan& plan(size_t bank) const { return banks_[bank].plan; }
   /** Memory of a resident gate, to read or (while loading) to fill; null if the neuron has none. */
@@ -48,18 +55,10 @@ class NeuronCache {
     const Bank& b = banks_[bank];
     return neuron < b.plan.resident_gates ? b.gates + neuron * part1_bytes_ : nullptr;
   }
-  /** Memory of a hot neuron's rows, to fill while loading; null if it is not hot. */
-  uint8_t* hot_rows(size_t bank, size_t neuron) const {
-    const Bank& b = banks_[bank];
-    return neuron < b.plan.hot_neurons ? b.hot + neuron * slot_bytes_ : nullptr;
-  }
+  /** Memory of the rows of a neuron that is kept from the start, to fill while loading; null if it is not. */
+  uint8_t* first_rows(size_t bank, size_t neuron) const { return place(bank, neuron); }
   /** Up and down rows wherever they are kept, or null. */
-  const uint8_t* rows(size_t bank, size_t neuron) const {
-    const Bank& b = banks_[bank];
-    if (neuron < b.plan.hot_neurons) return b.hot + neuron * slot_bytes_;
-    const int32_t slot = b.slot_of[neuron];
-    return slot == kNoSlot ? nullptr : b.cold + static_cast<size_t>(slot) * slot_bytes_;
-  }
+  const uint8_t* rows(size_t bank, size_t neuron) const { return place(bank, neuron); }
 
   /** A new token (or batch) reaches the bank. */
   void begin_tick(size_t bank) { banks_[bank].tick++; }
@@ -80,21 +79,33 @@ class NeuronCache {
   static size_t bytes_needed(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes);
 
  private:
+  /** What is known of a neuron: together, since a victim is looked for among neurons that are nowhere near each other. */
+  struct Neuron {
+    float recent;   // decayed uses, as of `used`
+    float usual;    // what `recent` is in the mean by the neuron's rate
+    uint32_t used;  // last tick it was touched in
+    int32_t slot;
+  };
   struct Bank {
     BankPlan plan;
     uint8_t* gates;
     uint8_t* hot;
     uint8_t* cold;
-    float* score;        // (neuron), as of `used`
-    uint32_t* used;      // (neuron): last tick it was touched in
-    int32_t* slot_of;    // (neuron)
+    Neuron* neurons;
     int32_t* neuron_of;  // (slot); kNoSlot if free
     size_t free_from;    // slots below it have been given out at least once
+    size_t hand;         // slot that is looked at next for one to take
     uint32_t tick;
-    uint64_t random;
   };
 
-  static float score_now(const Bank& bank, size_t neuron);
+  uint8_t* place(size_t bank, size_t neuron) const {
+    const Bank& b = banks_[bank];
+    if (neuron < b.plan.hot_neurons) return b.hot + neuron * slot_bytes_;
+    const int32_t slot = b.neurons[neuron].slot;
+    return slot == kNoSlot ? nullptr : b.cold + static_cast<size_t>(slot) * slot_bytes_;
+  }
+  static float recent_now(const Bank& bank, const Neuron& neuron);
+  static float score_now(const Bank& bank, const Neuron& neuron) { return recent_now(bank, neuron) + neuron.usual; }
 
   size_t part1_bytes_ = 0;
   size_t slot_bytes_ = 0;

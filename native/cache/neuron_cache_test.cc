@@ -49,10 +49,12 @@ class Trial {
       plans_.push_back({gates, below(gates + 1), cold});
     }
     kept_.resize(banks);
+    if (below(2) == 0) return;
+    for (size_t i = 0; i < banks * neurons_; i++) rates_.push_back(static_cast<float>(below(1001)) / 1000.0f);
   }
 
   void run() {
-    if (!cache_.allocate(plans_, neurons_, part1_bytes_, slot_bytes_).is_ok()) {
+    if (!cache_.allocate(plans_, neurons_, part1_bytes_, slot_bytes_, rates_).is_ok()) {
       expect(false, "allocation", 0, 0);
       return;
     }
@@ -67,11 +69,14 @@ class Trial {
  private:
   size_t below(size_t end) { return std::uniform_int_distribution<size_t>(0, end - 1)(random_); }
 
-  /** As loading does. */
+  /** As loading does. With rates, slots begin with the neurons after the hot ones. */
   void fill(size_t bank) {
+    const size_t first = plans_[bank].hot_neurons;
+    const size_t end = rates_.empty() ? first : std::min(first + plans_[bank].cold_slots, neurons_);
+    for (size_t n = first; n < end; n++) kept_[bank][n] = static_cast<int32_t>(n - first);
     for (size_t n = 0; n < neurons_; n++) {
       if (uint8_t* gate = cache_.part1(bank, n)) std::memset(gate, byte_of(bank, n, 1), part1_bytes_);
-      if (uint8_t* rows = cache_.hot_rows(bank, n)) std::memset(rows, byte_of(bank, n, 2), slot_bytes_);
+      if (uint8_t* rows = cache_.first_rows(bank, n)) std::memset(rows, byte_of(bank, n, 2), slot_bytes_);
     }
   }
 
@@ -160,6 +165,7 @@ class Trial {
   size_t part1_bytes_ = 0;
   size_t slot_bytes_ = 0;
   std::vector<BankPlan> plans_;
+  std::vector<float> rates_;
   NeuronCache cache_;
   std::vector<std::map<size_t, int32_t>> kept_;
 };

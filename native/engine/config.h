@@ -51,6 +51,8 @@ struct StreamConfig {
   /** False takes a step away, to be measured: rows of a neuron side by side; computing while reads are on their way. */
   bool bundles = true;
   bool pipeline = true;
+  /** (layer, expert, neuron): share of its bank's tokens that each neuron fires for on calibration text; may be empty. */
+  std::vector<float> firing_rates;
   ReaderTrial trial;
 
   bool enabled() const { return !banks.empty(); }

@@ -92,6 +92,10 @@ Status StreamedExperts::check_plans(const EngineConfig& config) {
   if (config.stream.banks.size() != config.expert_offsets.size()) {
     return Status::argument("banks must have one entry a layer and expert");
   }
+  const std::vector<float>& rates = config.stream.firing_rates;
+  if (!rates.empty() && rates.size() != config.stream.banks.size() * config.neuron_count) {
+    return Status::argument("firingRates must have one entry a neuron");
+  }
   for (const BankPlan& plan : config.stream.banks) {
     const bool whole_chunks = plan.resident_gates % kNeuronChunk == 0 || plan.resident_gates == config.neuron_count;
     // Slots of neurons with their gates need no gates beside them; others are of use only where gates say what fires.
@@ -123,7 +127,8 @@ Status StreamedExperts::allocate() {
   row_bytes_ = row_bytes(config.ffn_encoding, config.hidden_size);
   weight_bytes_ = pi2::weight_bytes(config.ffn_encoding, config.hidden_size);
   two_phases_ = has_two_phases(config);
-  Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config));
+  Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config),
+                                  config.stream.firing_rates);
   if (status.is_ok())
     status = staging_.allocate(2 * half_bytes(config) + page_up(config.stream.prefetch_bytes), "reads from flash");
   if (status.is_ok()) status = scratch_.allocate(carve(config, nullptr), "scratch of streamed experts");
@@ -139,11 +144,12 @@ Status StreamedExperts::allocate() {
   return status;
 }
 
-/** Gates and hot neurons come in with one sequential pass over the file, which also compares every checksum. */
+/** Gates, hot neurons and those that slots begin with come in with one sequential pass over the file, which also compares
+ * every checksum. */
 Status StreamedExperts::load() {
   return load_bundles(*config_, [&](size_t bank, size_t neuron, const uint8_t* part1, const uint8_t* part2) {
     if (uint8_t* gate = cache_.part1(bank, neuron)) std::memcpy(gate, part1, config_->layout.part1_bytes);
-    uint8_t* rows = cache_.hot_rows(bank, neuron);
+    uint8_t* rows = cache_.first_rows(bank, neuron);
     if (rows == nullptr) return;
     uint8_t* const whole[3] = {rows, rows + row_bytes_, rows + 2 * row_bytes_};
     uint8_t* const without_gate[3] = {nullptr, rows, rows + row_bytes_};

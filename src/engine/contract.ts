@@ -125,6 +125,11 @@ export interface StreamRequest {
   /** To measure what a step brings, it is taken away: neurons read as bundles, computing while reads are on their way. */
   bundles?: boolean;
   pipeline?: boolean;
+  /**
+   * What the cache expects of neurons before it has seen them: the share of the tokens routed to its bank that each fires for on
+   * calibration text, from 0 to 1. One a neuron: banks in order, neurons in heat order. Absent: nothing is known.
+   */
+  firingRates?: Float32Array;
   /** Trouble that tests ask for. Reads are numbered from 1; that one fails with EIO, or ends early; every read takes a delay. */
   trial?: { failRead?: number; shortRead?: number; delayUs?: number };
 }
@@ -267,6 +272,31 @@ export interface StepRequest {
   routed?: Uint8Array;
 }
 
+/**
+ * Which neurons tokens needed, as steps record it: `fired` and `routed` of `StepRequest`, token behind token. To replay it: of
+ * each bank how many neurons are hot and how many cold slots it has, and `firingRates` as of `StreamRequest`.
+ */
+export interface ReplayRequest {
+  tokens: number;
+  layerCount: number;
+  expertCount: number;
+  neuronCount: number;
+  fired: Uint8Array;
+  routed: Uint8Array;
+  hotNeurons: number[];
+  coldSlots: number[];
+  firingRates?: Float32Array;
+  /** Tokens before this one fill the cache and are not counted. */
+  countFrom: number;
+}
+
+/** Needed neurons by where the cache had them. */
+export interface ReplayCounters {
+  hotHits: number;
+  coldHits: number;
+  misses: number;
+}
+
 /** Counters since open. Bytes are weight bytes the kernels read. */
 export interface EngineCounters {
   tokens: number;
@@ -318,6 +348,8 @@ export interface NativeAddon {
   /** What `openEngine` would take. The one place that knows: plans are made by asking it. */
   memoryNeeded(request: EngineRequest): EngineMemory;
   openEngine(request: EngineRequest): Promise<NativeEngine>;
+  /** Drives the engine's neuron cache through a trace, one token after another, with the calls that decoding makes. */
+  replayCache(request: ReplayRequest): Promise<ReplayCounters>;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
 }

@@ -85,7 +85,7 @@ const NOTHING_STREAMED: StreamReport = {
 export function describeKept({ gatesResidentShare, regions, operatingPoint }: KeptFacts): string {
   const rows = formatShare(regions?.rowsShare ?? 1);
   if (operatingPoint !== null) return `${rows} of the neurons`;
-  return `${formatShare(gatesResidentShare)} of the gates, ${rows} of the other rows`;
+  return `${formatShare(gatesResidentShare ?? 0)} of the gates, ${rows} of the other rows`;
 }
 
 type KeptFacts = Pick<Engine, 'gatesResidentShare' | 'regions' | 'operatingPoint'>;
