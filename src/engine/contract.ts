@@ -260,6 +260,15 @@ export interface StepRequest {
    * above. The FFN of a dense model is its expert 0.
    */
   routed?: Uint8Array;
+  /** If given, receives what the FFN of each token and layer gets, hiddenSize numbers each, as `input` says. */
+  inputs?: Float32Array;
+  /** What `inputs` receives: the residual stream after attention, or that same normed. Default: `ffn_norm`. */
+  input?: 'residual' | 'ffn_norm';
+  /**
+   * If given, receives what each neuron contributes before its routing weight, 0 if it does not fire: for each token, for each
+   * layer, for each of the expertsPerToken experts it uses (ascending), neuronCount numbers. Only with every neuron in memory.
+   */
+  activations?: Float32Array;
 }
 
 /** Counters since open. Bytes are weight bytes the kernels read. */

@@ -1,6 +1,6 @@
 import { Pi2Error } from '../base/error.js';
 import { expertCount } from '../format/hyperparameters.js';
-import { type Extent, RESIDENT_FILE } from '../format/manifest.js';
+import { type Extent, type PredictorInput, RESIDENT_FILE } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import { budgetBytes, describeLimit, type MemoryLimit } from '../plan/memory-limit.js';
 import {
@@ -62,9 +62,15 @@ const CHECKSUM_BYTES = 8;
 /** Buffers for what a step tells besides logits; see `StepRequest`. */
 export interface FiringRecord {
   /** `firedBytesPerToken` bytes a token: which neurons fired, in heat order. */
-  fired: Uint8Array;
+  fired?: Uint8Array;
   /** `routedBytesPerToken` bytes a token: which experts were used. */
-  routed: Uint8Array;
+  routed?: Uint8Array;
+  /** Layers x hidden size numbers a token: what each FFN gets. */
+  inputs?: Float32Array;
+  /** Which form of it. */
+  input?: PredictorInput;
+  /** Layers x used experts x neurons numbers a token: what each neuron contributes before its routing weight. */
+  activations?: Float32Array;
 }
 
 /** What generation, evaluation and perplexity need of an engine. */
@@ -142,7 +148,7 @@ export class Engine implements StepEngine {
     }
   }
 
-  /** As `StepEngine` has it; `record`, if given, receives which neurons fired and which experts were used. */
+  /** As `StepEngine` has it; `record`, if given, receives what the step tells besides logits. */
   async step(
     tokens: Int32Array,
     position: number,
