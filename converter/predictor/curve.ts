@@ -101,8 +101,9 @@ const edge = new DataView(new ArrayBuffer(4));
 /** Above every score that means something, and still a number that JSON can hold. */
 const NEVER = 3e38;
 
-/** The least float of a bin. */
+/** The least float of a bin; above the last bin, what no score reaches. */
 function edgeOf(bin: number): number {
+  if (bin === BINS) return NEVER;
   const word = bin << 16;
   edge.setUint32(0, bin >= BINS / 2 ? word ^ 0x80000000 : ~word);
   const value = edge.getFloat32(0);

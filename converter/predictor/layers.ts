@@ -93,7 +93,7 @@ export async function takeLayer(
   const banks: PredictorNumbers[] = [];
   for (const [e, source] of sources.entries()) {
     shop.onProgress(`taking the predictor of layer ${layer} from the checkpoint`);
-    const own = order?.subarray(e * neuron_count, (e + 1) * neuron_count);
+    const own = order?.subarray(e * neuron_count, (e + 1) * neuron_count) ?? null;
     banks.push(await readPredictor(shop.addon, checkpoint, source, own, rank));
   }
   return encodeLayer(shop.addon, layer, banks, PREDICTOR_ENCODINGS, shop.threads);

@@ -12,7 +12,7 @@ const MEMORY_PART = 0.3;
  * Everything in memory: as few neurons as the budget allows. Else: thresholds of memory that take a part of it, and as few
  * fetches as the rest allows. More is left out from level to level, and perplexity grows: levels are found by halving.
  */
-export async function chooseThresholds(judge: Judge, budget: number): Promise<Judgement[] | null> {
+export async function chooseThresholds(judge: Pick<Judge, 'judge'>, budget: number): Promise<Judgement[] | null> {
   const all = (level: number): Setting => ({ keptRuns: RUNS, memory: level, flash: level });
   const fits = async (setting: Setting, most: number) => (await judge.judge(setting)).growthMost <= most;
   if (!(await fits(all(0), MEMORY_PART * budget))) return null;
