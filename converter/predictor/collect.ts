@@ -6,6 +6,9 @@ import type { SampleFile } from './samples.js';
 /** Memory for what one step tells. */
 const RECORD_BYTES_MAX = 16 * 1024 * 1024;
 
+/** Lengths vary little: these many tokens tell. */
+const RESIDUAL_TOKENS = 2048;
+
 export interface CollectRequest {
   engine: Engine;
   hyperparameters: Hyperparameters;
@@ -39,6 +42,31 @@ export async function collectSamples(request: CollectRequest): Promise<void> {
       onStep(done);
     }
   }
+}
+
+/** For each layer: the length of the residual stream after attention, root mean square over the first tokens of a text. */
+export async function measureResidual(
+  engine: Engine,
+  { layer_count, hidden_size }: Hyperparameters,
+  windows: readonly (readonly number[])[],
+): Promise<number[]> {
+  const most = Math.max(1, Math.min(BATCH_SIZE, Math.floor(RECORD_BYTES_MAX / (4 * layer_count * hidden_size))));
+  const inputs = new Float32Array(most * layer_count * hidden_size);
+  const logits = new Float32Array(engine.vocabSize);
+  const squares = new Float64Array(layer_count);
+  let count = 0;
+  for (const window of windows) {
+    if (count >= RESIDUAL_TOKENS) break;
+    for (let position = 0; position < window.length; position += most) {
+      const tokens = Int32Array.from(window.slice(position, position + most));
+      await engine.step(tokens, position, logits, false, { inputs, input: 'residual' });
+      for (let i = 0; i < tokens.length * layer_count * hidden_size; i++) {
+        squares[Math.floor(i / hidden_size) % layer_count] += inputs[i] * inputs[i];
+      }
+      count += tokens.length;
+    }
+  }
+  return Array.from(squares, (sum) => Math.sqrt(sum / Math.max(1, count)));
 }
 
 /** Room for what one step tells, and for what one bank makes of it. */

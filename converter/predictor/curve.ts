@@ -8,10 +8,14 @@ const SCORE_TOKENS = 256;
 const BINS = 1 << 16;
 
 /**
- * The magnitude shares that thresholds are made for, falling: all that ever fired, then losses that double in four steps, then
- * nothing.
+ * Prices of computing a neuron, relative to what all neurons bring in the mean: a neuron is computed where the magnitude that its
+ * score promises is worth the price. From nothing (all that ever fired) to beyond any worth (none).
  */
-export const LEVELS: readonly number[] = [1, ...Array.from({ length: 49 }, (_, i) => 1 - 0.0002 * 2 ** (i / 4)), 0];
+export const LEVELS: readonly number[] = [
+  0,
+  ...Array.from({ length: 55 }, (_, i) => 2 ** ((i - 27) / 3)),
+  Number.POSITIVE_INFINITY,
+];
 
 /** What a threshold does to one run of a layer's neurons: shares of all neurons and of all magnitude of the layer. */
 interface RunShares {
@@ -21,7 +25,7 @@ interface RunShares {
 
 /** What a layer computes for each of the levels. */
 export interface LayerCurve {
-  /** For each level: the least score that is computed. */
+  /** For each level: the least score that is computed, ascending. */
   thresholds: number[];
   /** For each level and run. */
   runs: RunShares[][];
@@ -35,11 +39,13 @@ export interface JudgedBank {
 
 /**
  * How many neurons of a layer reach a score, and how much of the magnitude they have, on samples that the predictor was not
- * trained on. Scores are sorted into bins by their first 16 bits: fine enough, and of any scale.
+ * trained on. `worth` is the magnitude that a neuron brings for a token where level 1 is just worth it. Scores are sorted into
+ * bins by their first 16 bits: fine enough, and of any scale.
  */
 export async function measureCurve(
   addon: NativeAddon,
   banks: readonly JudgedBank[],
+  worth: number,
   threads: number,
 ): Promise<LayerCurve> {
   const counts = new Float64Array(RUNS * BINS);
@@ -65,31 +71,49 @@ export async function measureCurve(
       }
     }
   }
-  return curveOf(counts, magnitudes, Math.max(1, neuronTokens));
+  return curveOf(counts, magnitudes, Math.max(1, neuronTokens), worth);
 }
 
-function curveOf(counts: Float64Array, magnitudes: Float64Array, neuronTokens: number): LayerCurve {
+function curveOf(counts: Float64Array, magnitudes: Float64Array, neuronTokens: number, worth: number): LayerCurve {
   const total = magnitudes.reduce((sum, magnitude) => sum + magnitude, 0);
+  const binCounts = new Float64Array(BINS);
+  const binMagnitudes = new Float64Array(BINS);
+  for (let i = 0; i < counts.length; i++) {
+    binCounts[i % BINS] += counts[i];
+    binMagnitudes[i % BINS] += magnitudes[i];
+  }
   const curve: LayerCurve = { thresholds: [], runs: [] };
   const runs: RunShares[] = Array.from({ length: RUNS }, () => ({ computed: 0, magnitude: 0 }));
   let bin = BINS;
-  let kept = 0;
-  // From the highest score down: the levels ascend.
+  // From the highest price down, bins are added from the highest score down.
   for (const level of LEVELS.toReversed()) {
-    while (bin > 0 && kept < level * total) {
+    const end = cheapestBin(binCounts, binMagnitudes, level * worth, bin);
+    while (bin > end) {
       bin--;
-      for (let run = 0; run < RUNS; run++) {
-        kept += magnitudes[run * BINS + bin];
-        runs[run].computed += counts[run * BINS + bin] / neuronTokens;
-        runs[run].magnitude += total === 0 ? 0 : magnitudes[run * BINS + bin] / total;
+      for (const [run, shares] of runs.entries()) {
+        shares.computed += counts[run * BINS + bin] / neuronTokens;
+        shares.magnitude += total === 0 ? 0 : magnitudes[run * BINS + bin] / total;
       }
-      // The sum of the shares may miss the whole by a rounding.
-      if (total - kept <= 1e-9 * total) kept = total;
     }
     curve.thresholds.unshift(edgeOf(bin));
     curve.runs.unshift(runs.map((run) => ({ ...run })));
   }
   return curve;
+}
+
+/** The bin, not above `most`, from which on magnitude less price is most; the highest of several. */
+function cheapestBin(counts: Float64Array, magnitudes: Float64Array, price: number, most: number): number {
+  if (price === Number.POSITIVE_INFINITY) return most;
+  let best = most;
+  let bestGain = 0;
+  let gain = 0;
+  for (let bin = most - 1; bin >= 0; bin--) {
+    gain += magnitudes[bin] - price * counts[bin];
+    if (gain <= bestGain) continue;
+    best = bin;
+    bestGain = gain;
+  }
+  return best;
 }
 
 /** Floats in ascending order have ascending bins: the sign bit turned over, negative numbers with all bits turned over. */

@@ -26,8 +26,8 @@ import { trainingBytes, trainPredictor } from './train.js';
  */
 export const PREDICTOR_ENCODINGS: PredictorEncodings = { fc1: 'q4', fc2: 'q4' };
 
-/** Magnitude that ranks are compared at. */
-const TARGET_SHARE = 0.95;
+/** The level that ranks are compared at: about what a budget of 1 % allows. */
+const RANK_LEVEL = LEVELS.indexOf(1);
 /** Passes over the training text to compare ranks, and to train the one that is chosen. */
 const TRIAL_PASSES = 2;
 const PASSES = 6;
@@ -46,6 +46,9 @@ export interface LayerWorkshop {
   /** What predictors are judged on, and trained on. */
   heldOut: SampleFile;
   training: SampleFile | null;
+  /** For each layer: magnitude that a neuron brings for a token, in the mean; and where level 1 is just worth it. */
+  magnitude: readonly number[];
+  worth: readonly number[];
   maxMemoryBytes: number;
   threads: number;
   /** Hears what is done; may throw to end early. */
@@ -61,10 +64,12 @@ export async function trainLayer(shop: LayerWorkshop, layer: number): Promise<En
   const rank = await cheapestRank(ranks, async (candidate) => {
     const encoded = await trainRank(shop, layer, candidate, TRIAL_PASSES);
     const { runs } = await judgeLayer(shop, layer, encoded);
-    const level = LEVELS.findIndex((share) => share <= TARGET_SHARE);
-    const computed = runs[level].reduce((sum, run) => sum + run.computed, 0);
+    const computed = sum(runs[RANK_LEVEL].map((run) => run.computed));
+    const lost = sum(runs[0].map((run) => run.magnitude)) - sum(runs[RANK_LEVEL].map((run) => run.magnitude));
+    // What is lost is worth the neurons that it would buy at the price of the level.
+    const lostNeurons = (lost * shop.magnitude[layer]) / (LEVELS[RANK_LEVEL] * shop.worth[layer] || 1);
     const shape = { hiddenSize: hidden_size, neuronCount: neuron_count, rank: candidate };
-    return predictorBytes(shape, PREDICTOR_ENCODINGS) + computed * neuron_count * neuronBytes;
+    return predictorBytes(shape, PREDICTOR_ENCODINGS) + (computed + lostNeurons) * neuron_count * neuronBytes;
   });
   return trainRank(shop, layer, rank, PASSES);
 }
@@ -77,7 +82,7 @@ export async function judgeLayer(shop: LayerWorkshop, layer: number, encoded: En
   for (const [e, bank] of shop.banksOf(layer).entries()) {
     banks.push({ samples: await shop.heldOut.read(bank, SAMPLE_BYTES_MOST), predictor: predictors[e] });
   }
-  return measureCurve(shop.addon, banks, shop.threads);
+  return measureCurve(shop.addon, banks, shop.worth[layer], shop.threads);
 }
 
 /** Takes the predictors of a layer from the checkpoint; those of smaller rank get units that are always 0. */
@@ -132,4 +137,8 @@ function requireMemory(shop: LayerWorkshop, layer: number, rank: number): void {
     `training a predictor takes ${formatBytes(needed)}; the ceiling is ${formatBytes(shop.maxMemoryBytes)}`,
     `give --max-ram ${Math.ceil(needed / 2 ** 20)}M, or --predictor none`,
   );
+}
+
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, number) => total + number, 0);
 }

@@ -18,7 +18,7 @@ import type { Checkpoint } from '../checkpoint/checkpoint.js';
 import type { Output } from '../write/output.js';
 import { type CalibrationText, holdOut } from './calibration-text.js';
 import type { PredictorChoice } from './choice.js';
-import { collectSamples } from './collect.js';
+import { collectSamples, measureResidual } from './collect.js';
 import { type LayerCurve, RUNS } from './curve.js';
 import { readDownNorms } from './down-norms.js';
 import { type EncodedLayer, predictorBytes } from './encode.js';
@@ -175,10 +175,13 @@ class Maker {
       hyperparameters.hidden_size,
     );
     try {
-      await this.#collect(text, heldOut, wantsTraining ? training : null);
+      const lengths = await this.#collect(text, heldOut, wantsTraining ? training : null);
+      const banksOf = (layer: number) => Array.from({ length: experts }, (_, expert) => layer * experts + expert);
+      const magnitude = lengths.map((_, layer) => heldOut.meanMagnitude(banksOf(layer), hyperparameters.neuron_count));
+      const worth = worthOf(magnitude, lengths);
       const shop: LayerWorkshop = {
         ...{ addon: this.#addon, hyperparameters, layout, heldOut, training, maxMemoryBytes, threads },
-        banksOf: (layer) => Array.from({ length: experts }, (_, expert) => layer * experts + expert),
+        ...{ banksOf, magnitude, worth },
         onProgress: (what) => this.#progress(what),
       };
       const layers: EncodedLayer[] = [];
@@ -200,7 +203,8 @@ class Maker {
     }
   }
 
-  async #collect(text: CalibrationText, heldOut: SampleFile, training: SampleFile | null): Promise<void> {
+  /** Fills the files; resolves with the length of the residual stream in each layer. */
+  async #collect(text: CalibrationText, heldOut: SampleFile, training: SampleFile | null): Promise<number[]> {
     const { choice, note } = this.#request;
     const { hyperparameters } = this.#model.manifest;
     const context = Math.min(PROFILE_CONTEXT, hyperparameters.context_length);
@@ -218,6 +222,11 @@ class Maker {
       };
       await collect(text.heldOut, heldOut);
       if (training) await collect(text.training, training);
+      return await measureResidual(
+        engine,
+        hyperparameters,
+        (await cutText(this.#model, text.heldOut, context, 0)).windows,
+      );
     } finally {
       await engine.close();
     }
@@ -260,6 +269,23 @@ class Maker {
     this.#noted = performance.now();
     note(`predictor: ${what}`);
   }
+}
+
+/**
+ * Magnitude of each layer that is worth the same: what is added to a long residual stream changes it less. Measured on the
+ * trained dReLU model (lengths from 8 in layer 0 to 147 in layer 7), all of rank 64, by the power of the length: growth of
+ * perplexity on unseen text where 12 % and 16 % of the neurons are computed.
+ *
+ * | power                            | 12 %     | 16 %     |
+ * | the same share of each layer     | + 0.99 % | + 0.47 % |
+ * | 0.5                              | + 0.68 % | + 0.27 % |
+ * | 0.75                             | + 0.72 % | + 0.27 % |
+ * | 1                                | + 0.81 % | + 0.29 % |
+ * | 1.25                             | + 0.89 % | + 0.36 % |
+ */
+function worthOf(magnitude: readonly number[], lengths: readonly number[]): number[] {
+  const mean = magnitude.reduce((sum, own, layer) => sum + own / Math.sqrt(lengths[layer]), 0) / magnitude.length;
+  return lengths.map((length) => mean * Math.sqrt(length));
 }
 
 function measurementOf({ setting, ...judgement }: Judgement): PredictorEntry['curve'][number] {

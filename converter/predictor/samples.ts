@@ -75,6 +75,17 @@ export class SampleFile {
     return blocks.reduce((sum, block) => sum + block.entries, 0) / Math.max(1, tokens * neuronCount);
   }
 
+  /** What a neuron of the banks contributes to a token, in the mean, silent ones included. */
+  meanMagnitude(banks: readonly number[], neuronCount: number): number {
+    let sum = 0;
+    let tokens = 0;
+    for (const bank of banks) {
+      sum += this.#contributions[bank];
+      for (const block of this.#blocks[bank]) tokens += block.tokens;
+    }
+    return sum / Math.max(1, tokens * neuronCount);
+  }
+
   /** Mean of the contributions of several banks; 0 if there were none. */
   meanContribution(banks: readonly number[]): number {
     let sum = 0;
