@@ -274,10 +274,12 @@ class Maker {
 /**
  * Magnitude of each layer that is worth the same: what is added to a long residual stream changes it less. Measured on the
  * trained dReLU model (lengths from 8 in layer 0 to 147 in layer 7), all of rank 64, by the power of the length: growth of
- * perplexity on unseen text where 12 % and 16 % of the neurons are computed.
+ * perplexity on 8146 tokens of unseen text where 12 % and 16 % of the neurons are computed.
  *
  * | power                            | 12 %     | 16 %     |
  * | the same share of each layer     | + 0.99 % | + 0.47 % |
+ * | 0                                | + 1.02 % | + 0.51 % |
+ * | 0.25                             | + 0.75 % | + 0.30 % |
  * | 0.5                              | + 0.68 % | + 0.27 % |
  * | 0.75                             | + 0.72 % | + 0.27 % |
  * | 1                                | + 0.81 % | + 0.29 % |
