@@ -239,7 +239,7 @@ class Maker {
     const percent = (share: number) => `${(100 * share).toFixed(1)} %`;
     if (points === null) {
       const growth = percent(judge.judgements[0].growthMost);
-      return `even computing all that ever fired, perplexity may grow by ${growth}, more than a part of ${percent(choice.budget)}`;
+      return `even computing all that ever fired, perplexity may grow by ${growth}, more than ${percent(choice.budget)}`;
     }
     const whole = points[points.length - 1];
     const neurons = h.neuron_count * (layout.part1_bytes + layout.part2_bytes);

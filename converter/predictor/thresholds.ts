@@ -3,9 +3,10 @@ import { type Judge, type Judgement, LAST_LEVEL, type Setting } from './judge.js
 
 /**
  * Of the budget, what thresholds of neurons in memory may take where some are on flash. A neuron that is fetched costs as much as
- * some thirty that are computed: nearly all of the budget is for leaving fetches out.
+ * some thirty that are computed: nearly all of the budget is for leaving fetches out. With 0.3 in place of 0.15 the trained dReLU
+ * model computes about 5 % of its neurons less, but fetches 0.4 % (half in memory) to 0.8 % (a quarter) more.
  */
-const MEMORY_PART = 0.3;
+const MEMORY_PART = 0.15;
 
 /**
  * The cheapest settings that keep to a perplexity budget, one for each share of neurons in memory, ascending; null if none does.
@@ -15,8 +16,9 @@ const MEMORY_PART = 0.3;
 export async function chooseThresholds(judge: Pick<Judge, 'judge'>, budget: number): Promise<Judgement[] | null> {
   const all = (level: number): Setting => ({ keptRuns: RUNS, memory: level, flash: level });
   const fits = async (setting: Setting, most: number) => (await judge.judge(setting)).growthMost <= most;
-  if (!(await fits(all(0), MEMORY_PART * budget))) return null;
-  const memory = await lastThat(0, LAST_LEVEL, (level) => fits(all(level), MEMORY_PART * budget));
+  if (!(await fits(all(0), budget))) return null;
+  const spares = (level: number) => fits(all(level), MEMORY_PART * budget);
+  const memory = (await spares(0)) ? await lastThat(0, LAST_LEVEL, spares) : 0;
   const whole = await lastThat(memory, LAST_LEVEL, (level) => fits(all(level), budget));
   const points = [await judge.judge(all(whole))];
   let most = LAST_LEVEL;
