@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto';
 import { availableParallelism } from 'node:os';
 import { basename, join, resolve } from 'node:path';
 import { ERROR_CODES, Pi2Error } from '../src/base/error.js';
@@ -197,7 +198,7 @@ async function convertCheckpoint(
       ...{ checkpoint, output, choice, signal, maxMemoryBytes: options.maxMemoryBytes },
       manifest: makeManifest({ ...parts, predictor: null }),
       order: heat?.order ?? null,
-      text: await readTextFile(options.calibration as string),
+      text: await rereadText(options.calibration as string, heat as Heat),
       threads: availableParallelism(),
       note: (text) => onEvent({ type: 'note', text }),
     }));
@@ -234,6 +235,14 @@ async function convertCheckpoint(
     predictor: predictor && { ...predictor.entry, bytes: predictor.bytes },
     noPredictor: made && 'reason' in made ? made.reason : null,
   };
+}
+
+/** The calibration text again: the profile was made of it. Throws `E_CHANGED` if it is another one now. */
+async function rereadText(path: string, heat: Heat): Promise<string> {
+  const text = await readTextFile(path);
+  const sha256 = createHash('sha256').update(text, 'utf8').digest('hex');
+  if (sha256 === heat.profile.texts[0].sha256) return text;
+  throw new Pi2Error('E_CHANGED', `${path} has changed while it was converted`, 'run the command again');
 }
 
 /** Continues the journal of an earlier run of the same conversion, or empties the partial directory and begins one. */

@@ -1,5 +1,5 @@
-// The thread pool and the engine under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer:
-// native/base/thread_pool_test.cc and native/engine/engine_test.cc, built here.
+// The thread pool, training and the engine under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer:
+// native/base/thread_pool_test.cc, native/predictor/train_test.cc and native/engine/engine_test.cc, built here.
 import { execFile, spawnSync } from 'node:child_process';
 import { readdirSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
@@ -29,6 +29,7 @@ const KERNELS: Record<string, Record<string, string[]>> = {
 };
 const kernels = KERNELS[process.arch] ?? {};
 const POOL = ['base/thread_pool', 'base/thread_pool_test'];
+const TRAINING = ['base/memory', 'base/thread_pool', 'predictor/product', 'predictor/train', 'predictor/train_test'];
 /** All but base/memory.cc, for which the test has its own. */
 const ENGINE = [
   ...['base/crc32', 'base/threads', 'base/thread_pool', 'cache/neuron_cache', 'quantize/encode'],
@@ -125,6 +126,9 @@ for (const [name, sanitizer] of Object.entries(SANITIZERS)) {
   t.test(name, { skip: missing(sanitizer) }, async (t) => {
     const pool = await build(t.testdir({}), 'thread_pool_test', sanitizer, POOL);
     t.match(await outputOf(t, pool, '15000'), /^60000 regions, [0-9]{7} chunks\n$/, 'the thread pool, hammered');
+
+    const training = await build(t.testdirName, 'train_test', sanitizer, TRAINING);
+    t.equal(await outputOf(t, training), '0 of 1335 parameters differ, learned\n', 'training, one thread and three');
 
     const engine = await build(t.testdirName, 'engine_test', sanitizer, ENGINE);
     const sets = loadAddon().cpu().kernelSets;

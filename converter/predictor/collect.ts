@@ -6,6 +6,7 @@ import type { SampleFile } from './samples.js';
 /** Memory for what one step tells. */
 const RECORD_BYTES_MAX = 16 * 1024 * 1024;
 
+const FILE_BYTES_MOST = 16 * 1024 * 1024 * 1024;
 /** Lengths vary little: these many tokens tell. */
 const RESIDUAL_TOKENS = 2048;
 
@@ -23,14 +24,18 @@ export interface CollectRequest {
   onStep: (tokens: number) => void;
 }
 
-/** Runs windows through an engine, exactly, and keeps what each bank got and what its neurons contributed. */
-export async function collectSamples(request: CollectRequest): Promise<void> {
+/**
+ * Runs windows through an engine, exactly, and keeps what each bank got and what its neurons contributed. Ends early when the
+ * file has 16 GiB: a large model tells most about itself in some ten thousand tokens. Resolves with the tokens that were run.
+ */
+export async function collectSamples(request: CollectRequest): Promise<number> {
   const { engine, hyperparameters: h, windows, input, file, onStep } = request;
   const recorder = new Recorder(h, request.norms);
   const record = { ...recorder.record, routed: new Uint8Array(recorder.most * engine.routedBytesPerToken), input };
   const logits = new Float32Array(engine.vocabSize);
   let done = 0;
   for (const window of windows) {
+    if (file.size >= FILE_BYTES_MOST) break;
     for (let position = 0; position < window.length; position += recorder.most) {
       const tokens = Int32Array.from(window.slice(position, position + recorder.most));
       await engine.step(tokens, position, logits, false, record);
@@ -42,6 +47,7 @@ export async function collectSamples(request: CollectRequest): Promise<void> {
       onStep(done);
     }
   }
+  return done;
 }
 
 /** For each layer: the length of the residual stream after attention, root mean square over the first tokens of a text. */

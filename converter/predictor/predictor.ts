@@ -218,7 +218,8 @@ class Maker {
         note(`predictor: collecting samples of ${total} tokens ${what}`);
         const onStep = (tokens: number) => this.#progress(`${tokens} of ${total} tokens`);
         const input = choice.source === 'trained' ? 'ffn_norm' : 'residual';
-        await collectSamples({ engine, hyperparameters, windows, input, norms, file, onStep });
+        const done = await collectSamples({ engine, hyperparameters, windows, input, norms, file, onStep });
+        if (done < total) note(`predictor: ${done} of ${total} tokens are taken, the file of samples is large enough`);
       };
       await collect(text.heldOut, heldOut);
       if (training) await collect(text.training, training);

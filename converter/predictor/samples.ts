@@ -68,6 +68,11 @@ export class SampleFile {
     this.#end += parts.reduce((sum, part) => sum + part.length, 0);
   }
 
+  /** Bytes of the file. */
+  get size(): number {
+    return this.#end;
+  }
+
   /** Of all neurons of the banks that were used, those that contributed. */
   firedShare(neuronCount: number): number {
     const blocks = this.#blocks.flat();
