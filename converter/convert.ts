@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto';
 import { availableParallelism } from 'node:os';
 import { basename, join, resolve } from 'node:path';
 import { ERROR_CODES, Pi2Error } from '../src/base/error.js';
@@ -10,10 +11,13 @@ import {
   type QuantizationName,
   RESIDENT_FILE,
 } from '../src/format/manifest.js';
+import { readTextFile } from '../src/text/text-file.js';
 import { type Heat, openHeat, writeHeat } from './activation/heat.js';
 import { checkpointDigest, isWeightFile, requireCheckpoint } from './activation/profile.js';
 import { profileStatistics } from './activation/statistics.js';
 import { Checkpoint } from './checkpoint/checkpoint.js';
+import { choosePredictor, type PredictorChoice, type PredictorMode, type Quality } from './predictor/choice.js';
+import { makePredictor } from './predictor/predictor.js';
 import { type Recipe, recipeFor } from './quantize/recipe.js';
 import { bitsPerWeight, type ConvertResult } from './result.js';
 import { checkUnchanged, hashSource, type SourceState, sourceFiles, sourceStates } from './sources.js';
@@ -40,6 +44,10 @@ export interface ConvertOptions {
   profile?: string;
   /** A text to make such a profile of, first. Not both. */
   calibration?: string;
+  /** Where the predictor comes from, if there is to be one. Default `auto`. */
+  predictor?: PredictorMode;
+  /** How much perplexity it may cost. Default `1%`. */
+  quality?: Quality;
 }
 
 /** What a conversion tells while it runs. */
@@ -81,18 +89,24 @@ export async function convert(
     await output.checkFree(options.force);
     const checkpoint = await Checkpoint.open(options.checkpoint);
     try {
+      const { predictor = 'auto', quality = '1%', calibration } = options;
+      const choice = choosePredictor(checkpoint, predictor, quality, calibration !== undefined);
       const heat = await openHeat({
         ...options,
         checkpoint,
         output,
         convertPlain: async (plain) => {
-          await convert({ ...options, output: plain, force: true, calibration: undefined }, onEvent, signal);
+          await convert(
+            { ...options, output: plain, force: true, calibration: undefined, predictor: 'none' },
+            onEvent,
+            signal,
+          );
         },
         note: (text) => onEvent({ type: 'note', text }),
         signal,
       });
       try {
-        return await convertCheckpoint(checkpoint, output, options, heat, onEvent, signal);
+        return await convertCheckpoint(checkpoint, output, options, heat, choice, onEvent, signal);
       } catch (error) {
         // What came of a checkpoint that cannot be used is of no use either.
         if (error instanceof Pi2Error && ERROR_CODES[error.code] === 'badInput') await output.removePartial();
@@ -111,6 +125,7 @@ async function convertCheckpoint(
   output: Output,
   options: ConvertOptions,
   heat: Heat | null,
+  choice: PredictorChoice | null,
   onEvent: (event: ConvertEvent) => void,
   signal: AbortSignal,
 ): Promise<ConvertResult> {
@@ -128,7 +143,7 @@ async function convertCheckpoint(
   const limits = divideMemory(plan, options.maxMemoryBytes, usedBytes);
   const profileBytes = heat?.bytes.length ?? 0;
   await output.checkSpace(plan.residentBytes + plan.neuronsBytes + textBytes + profileBytes + SPARE_DISK_BYTES);
-  const { journal, progress } = await openJournal(output, plan, recipe, directory, states, heat, onEvent);
+  const { journal, progress } = await openJournal(output, plan, recipe, directory, states, heat, choice, onEvent);
   const resumed = progress.pieces.size + progress.hashes.size > 0;
   let convertedBytes = 0;
   try {
@@ -168,7 +183,7 @@ async function convertCheckpoint(
   } finally {
     await journal.close();
   }
-  const manifest = makeManifest({
+  const parts = {
     name: checkpoint.name,
     hyperparameters: model.hyperparameters,
     recipe,
@@ -176,7 +191,19 @@ async function convertCheckpoint(
     progress,
     sources: states.map(({ file, bytes }) => ({ file, bytes, sha256: progress.hashes.get(file) as string })),
     heat,
-  });
+  };
+  const made =
+    choice &&
+    (await makePredictor({
+      ...{ checkpoint, output, choice, signal, maxMemoryBytes: options.maxMemoryBytes },
+      manifest: makeManifest({ ...parts, predictor: null }),
+      order: heat?.order ?? null,
+      text: await rereadText(options.calibration as string, heat as Heat),
+      threads: availableParallelism(),
+      note: (text) => onEvent({ type: 'note', text }),
+    }));
+  const predictor = made && 'entry' in made ? made : null;
+  const manifest = makeManifest({ ...parts, predictor });
   const manifestText = `${JSON.stringify(manifest, null, 1)}\n`;
   await writeSynced(output.partial(MANIFEST_FILE), manifestText);
   if (signal.aborted) throw interrupted();
@@ -187,7 +214,13 @@ async function convertCheckpoint(
   return {
     output: output.path,
     quantization: manifest.quantization,
-    bytes: plan.residentBytes + plan.neuronsBytes + textBytes + profileBytes + Buffer.byteLength(manifestText),
+    bytes:
+      plan.residentBytes +
+      plan.neuronsBytes +
+      (predictor?.bytes ?? 0) +
+      textBytes +
+      profileBytes +
+      Buffer.byteLength(manifestText),
     residentBytes: plan.residentBytes,
     neuronsBytes: plan.neuronsBytes,
     bitsPerWeight: bitsPerWeight(plan),
@@ -195,11 +228,21 @@ async function convertCheckpoint(
     sourceBytes: convertedBytes,
     sourceBytesPerSecond: convertedBytes / seconds,
     peakMemoryBytes: peakMemoryBytes(),
-    ignored: model.ignored,
+    ignored: model.ignored.filter((name) => predictor?.entry.source !== 'checkpoint' || !name.includes('.predictor.')),
     hasTokenizer: checkpoint.textFiles.includes('tokenizer.json'),
     resumed,
     profile: heat && profileStatistics(heat.profile),
+    predictor: predictor && { ...predictor.entry, bytes: predictor.bytes },
+    noPredictor: made && 'reason' in made ? made.reason : null,
   };
+}
+
+/** The calibration text again: the profile was made of it. Throws `E_CHANGED` if it is another one now. */
+async function rereadText(path: string, heat: Heat): Promise<string> {
+  const text = await readTextFile(path);
+  const sha256 = createHash('sha256').update(text, 'utf8').digest('hex');
+  if (sha256 === heat.profile.texts[0].sha256) return text;
+  throw new Pi2Error('E_CHANGED', `${path} has changed while it was converted`, 'run the command again');
 }
 
 /** Continues the journal of an earlier run of the same conversion, or empties the partial directory and begins one. */
@@ -210,6 +253,7 @@ async function openJournal(
   directory: string,
   sources: SourceState[],
   heat: Heat | null,
+  choice: PredictorChoice | null,
   onEvent: (event: ConvertEvent) => void,
 ): Promise<{ journal: Journal; progress: Progress }> {
   const header: JournalHeader = {
@@ -218,6 +262,7 @@ async function openJournal(
     converter: CONVERTER,
     recipe: { ...recipe },
     profile: heat?.sha256 ?? null,
+    predictor: choice && { source: choice.source, text_sha256: (heat as Heat).profile.texts[0].sha256 },
     checkpoint: resolve(directory),
     sources,
   };

@@ -1,4 +1,4 @@
-import type { Manifest } from '../src/format/manifest.js';
+import type { Manifest, PredictorEntry } from '../src/format/manifest.js';
 import type { ProfileStatistics } from './activation/statistics.js';
 import type { Plan, PlannedTensor } from './steps/extents.js';
 
@@ -33,6 +33,10 @@ export interface ConvertResult {
   resumed: boolean;
   /** Of the profile that neurons are sorted by; null in the order of the checkpoint. */
   profile: ProfileStatistics | null;
+  /** Of the predictor, with the bytes of its file; null without one. */
+  predictor: (PredictorEntry & { bytes: number }) | null;
+  /** Why a predictor that was made is not used; null if none was made, or if it is. */
+  noPredictor: string | null;
 }
 
 /** Divides the bytes of a plan by its weights. */

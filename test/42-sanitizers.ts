@@ -1,5 +1,5 @@
-// The thread pool and the engine, resident and streamed, under ThreadSanitizer, and under AddressSanitizer with
-// UndefinedBehaviorSanitizer: thread_pool_test.cc, engine_test.cc and streamed_test.cc of native/, built here.
+// The thread pool, training and the engine, resident and streamed, under ThreadSanitizer, and under AddressSanitizer with
+// UndefinedBehaviorSanitizer: thread_pool_test.cc, train_test.cc, engine_test.cc and streamed_test.cc of native/, built here.
 import { execFile, spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
@@ -29,6 +29,7 @@ const KERNELS: Record<string, Record<string, string[]>> = {
 };
 const kernels = KERNELS[process.arch] ?? {};
 const POOL = ['base/thread_pool', 'base/thread_pool_test'];
+const TRAINING = ['base/memory', 'base/thread_pool', 'predictor/product', 'predictor/train', 'predictor/train_test'];
 /** All that an engine needs; base/memory_test.cc is in place of base/memory.cc. */
 const ENGINE = [
   ...['base/crc32', 'base/memory_test', 'base/threads', 'base/thread_pool', 'quantize/encode'],
@@ -118,6 +119,9 @@ for (const [name, sanitizer] of Object.entries(SANITIZERS)) {
     const directory = t.testdir({});
     const pool = await build(directory, 'thread_pool_test', sanitizer, POOL);
     t.match(await outputOf(t, pool, '15000'), /^60000 regions, [0-9]{7} chunks\n$/, 'the thread pool, hammered');
+
+    const training = await build(directory, 'train_test', sanitizer, TRAINING);
+    t.equal(await outputOf(t, training), '0 of 1335 parameters differ, learned\n', 'training, one thread and three');
 
     const engine = await build(directory, 'engine_test', sanitizer, [...ENGINE, 'engine/engine_test']);
     const sets = loadAddon().cpu().kernelSets;

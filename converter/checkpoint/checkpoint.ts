@@ -5,6 +5,7 @@ import { Config } from './config.js';
 import { readHyperparameters } from './families.js';
 import { CONFIG_FILE, findFiles, GENERATION_FILE, openFile, readJsonObject } from './files.js';
 import type { SourceModel, SourceTensor } from './model.js';
+import { findPredictors, type SourcePredictor } from './predictors.js';
 import { quoted, readFully, readHeader } from './safetensors.js';
 import { findTensors, type LocatedTensor } from './tensors.js';
 
@@ -93,6 +94,11 @@ export class Checkpoint {
     }
     const handle = this.#handles.get(file) as FileHandle;
     await readFully(handle, target, offset + byteOffset, join(this.directory, file));
+  }
+
+  /** The predictors that it brings, for each layer and expert, or null. Throws `E_TENSOR` if they are not whole. */
+  predictors(): SourcePredictor[][] | null {
+    return findPredictors(this.model.hyperparameters, this.#tensors);
   }
 
   async close(): Promise<void> {

@@ -13,6 +13,8 @@ const headerSchema = z.strictObject({
   recipe: z.record(z.string(), z.string()),
   /** sha256 of the activation profile that neurons are sorted by; null for the order of the checkpoint. */
   profile: z.string().nullable(),
+  /** Where predictors come from, and the text they are made with; null for none. */
+  predictor: z.strictObject({ source: z.string(), text_sha256: z.string() }).nullable(),
   checkpoint: z.string(),
   sources: z.array(z.strictObject({ file: z.string(), bytes, modified_ns: z.string() })),
 });
@@ -139,6 +141,7 @@ function compareHeaders(found: JournalHeader, wanted: JournalHeader): string | n
   if (!same('profile')) {
     return found.profile === null ? 'it was begun without a profile' : 'it was begun with another profile';
   }
+  if (!same('predictor')) return 'it was begun with another predictor or calibration text';
   if (!same('sources')) return 'the checkpoint has changed since';
   return null;
 }

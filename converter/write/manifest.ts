@@ -3,6 +3,7 @@ import { PROGRAM_VERSION } from '../../src/base/version.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
 import { type Extent, FORMAT_VERSION, type Manifest, manifestSchema } from '../../src/format/manifest.js';
 import { type Heat, orderBytes } from '../activation/heat.js';
+import type { MadePredictor } from '../predictor/predictor.js';
 import type { Recipe } from '../quantize/recipe.js';
 import type { Plan } from '../steps/extents.js';
 import type { Progress } from './journal.js';
@@ -19,8 +20,9 @@ export function makeManifest(parts: {
   progress: Progress;
   sources: Manifest['provenance']['sources'];
   heat: Heat | null;
+  predictor: MadePredictor | null;
 }): Manifest {
-  const { plan, progress, heat } = parts;
+  const { plan, progress, heat, predictor } = parts;
   const extents: Extent[] = [];
   const tensors: Manifest['tensors'] = [];
   for (const { name, file, offset, bytes } of [...plan.resident, ...plan.neurons]) {
@@ -46,8 +48,9 @@ export function makeManifest(parts: {
     heat_order: heat
       ? { tokens: heat.profile.batches[0], profile_bytes: heat.bytes.length, profile_sha256: heat.sha256 }
       : 'identity',
-    extents,
-    tensors,
+    ...(predictor ? { predictor: predictor.entry } : {}),
+    extents: [...extents, ...(predictor?.extents ?? [])],
+    tensors: [...tensors, ...(predictor?.tensors ?? [])],
     provenance: {
       converter: CONVERTER,
       sources: parts.sources,

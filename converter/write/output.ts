@@ -80,6 +80,10 @@ export class Output {
     }
   }
 
+  async removeFile(file: string): Promise<void> {
+    await rm(this.partial(file), { force: true });
+  }
+
   async removePartial(): Promise<void> {
     await rm(this.partialPath, { recursive: true, force: true });
   }

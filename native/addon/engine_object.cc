@@ -70,6 +70,13 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     for (const char* name : {"fired", "routed"}) {
       if (fields.has(name)) fields.bytes(name);
     }
+    for (const char* name : {"inputs", "activations"}) {
+      if (fields.has(name) && !typed(fields.value(name), napi_float32_array)) {
+        fields.fail(std::string(name) + " must be a Float32Array");
+      }
+    }
+    const std::string input = fields.has("input") ? fields.text("input") : "ffn_norm";
+    if (input != "ffn_norm" && input != "residual") fields.fail("input must be ffn_norm or residual");
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
     if (closed_) return Task::refuse(env, closed());
     if (shared_->busy.exchange(true)) {
@@ -94,9 +101,22 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     };
     bits("fired", &record.fired, &fired_room);
     bits("routed", &record.routed, &routed_room);
+    size_t input_room = 0;
+    size_t activation_room = 0;
+    const auto numbers = [&](const char* name, float** data, size_t* room_of) {
+      if (!fields.has(name)) return;
+      Napi::Float32Array array = fields.value(name).As<Napi::Float32Array>();
+      *data = array.Data();
+      *room_of = array.ElementLength();
+      kept.push_back(array);
+    };
+    numbers("inputs", &record.inputs, &input_room);
+    numbers("activations", &record.activations, &activation_room);
+    record.residual_inputs = input == "residual";
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, exact, record, fired_room, routed_room] {
+        [shared = shared_, token_data, logit_data, count, room, position, all, exact, record, fired_room, routed_room,
+         input_room, activation_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
           if (room < (all ? count : 1) * shared->engine->vocab_size()) {
@@ -105,6 +125,10 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
             status = Status::argument("fired is too small");
           } else if (record.routed != nullptr && routed_room < count * shared->engine->routed_bytes_per_token()) {
             status = Status::argument("routed is too small");
+          } else if (record.inputs != nullptr && input_room < count * shared->engine->inputs_per_token()) {
+            status = Status::argument("inputs is too small");
+          } else if (record.activations != nullptr && activation_room < count * shared->engine->activations_per_token()) {
+            status = Status::argument("activations is too small");
           } else {
             status = shared->engine->step(token_data, count, position, logit_data, all, exact, record);
           }

@@ -214,6 +214,13 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact
   const size_t layer_bytes = config_.expert_count * fired_bytes(config_.neuron_count);
   ffn_.record_routes(record.routed == nullptr ? nullptr : record.routed + index * routed_bytes(config_.expert_count),
                      routed_bytes_per_token());
+  const size_t layer_activations = config_.experts_per_token * config_.neuron_count;
+  ffn_.record_activations(record.activations == nullptr ? nullptr : record.activations + index * layer_activations,
+                          activations_per_token());
+  for (size_t t = 0; record.inputs != nullptr && t < count; t++) {
+    const float* input = record.residual_inputs ? hidden_ + t * stride : normed_.token(t);
+    std::copy_n(input, config_.hidden_size, record.inputs + t * inputs_per_token() + index * config_.hidden_size);
+  }
   Status status =
       ffn_.compute(index, layer, normed_, predictor_input(count, exact), count, update_, stride,
                    record.fired == nullptr ? nullptr : record.fired + index * layer_bytes, fired_bytes_per_token());
@@ -254,6 +261,10 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
   }
   if (record.fired != nullptr) std::fill_n(record.fired, count * fired_bytes_per_token(), uint8_t{0});
   if (record.routed != nullptr) std::fill_n(record.routed, count * routed_bytes_per_token(), uint8_t{0});
+  if (record.activations != nullptr) {
+    if (streamed_ != nullptr) return Status::argument("activations are recorded only with every neuron in memory");
+    std::fill_n(record.activations, count * activations_per_token(), 0.0f);
+  }
   // Whatever happens below, positions from here on no longer hold what they held.
   filled_ = position;
   for (size_t done = 0; done < count;) {
@@ -267,6 +278,8 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     }
     if (record.fired != nullptr) record.fired += batch * fired_bytes_per_token();
     if (record.routed != nullptr) record.routed += batch * routed_bytes_per_token();
+    if (record.inputs != nullptr) record.inputs += batch * inputs_per_token();
+    if (record.activations != nullptr) record.activations += batch * activations_per_token();
     if (all) {
       compute_logits(0, batch, logits + done * config_.vocab_size);
     } else if (done + batch == count) {

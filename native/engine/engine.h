@@ -44,10 +44,13 @@ struct EngineMemory {
   size_t load_bytes = 0;
 };
 
-/** What a step writes down besides logits, as bits that are set; null: nothing. */
+/** What a step writes down besides logits; null: nothing. */
 struct FiringRecord {
-  uint8_t* fired = nullptr;   // (token, layer, expert, neuron): fired_bytes_per_token() for each token
-  uint8_t* routed = nullptr;  // (token, layer, expert): routed_bytes_per_token() for each token
+  uint8_t* fired = nullptr;      // bits (token, layer, expert, neuron): fired_bytes_per_token() for each token
+  uint8_t* routed = nullptr;     // bits (token, layer, expert): routed_bytes_per_token() for each token
+  float* inputs = nullptr;       // (token, layer, hidden): what the FFN gets, normed or as it is in the residual stream
+  bool residual_inputs = false;  // which of them
+  float* activations = nullptr;  // (token, layer, used expert, neuron), before the routing weight; resident experts only
 };
 
 class Engine {
@@ -70,6 +73,8 @@ class Engine {
     return config_.layer_count * config_.expert_count * fired_bytes(config_.neuron_count);
   }
   size_t routed_bytes_per_token() const { return config_.layer_count * routed_bytes(config_.expert_count); }
+  size_t inputs_per_token() const { return config_.layer_count * config_.hidden_size; }
+  size_t activations_per_token() const { return config_.layer_count * config_.experts_per_token * config_.neuron_count; }
   size_t vocab_size() const { return config_.vocab_size; }
   EngineCounters counters() const;
   /** The predictor, if the engine has one, else null. */

@@ -13,11 +13,12 @@ struct FfnCounters {
   uint64_t weight_bytes_read = 0;
 };
 
-/** Where a job notes which neurons fired; a null base notes nothing. */
+/** Where a job notes which neurons fired; null bases note nothing. */
 struct FiredBits {
-  uint8_t* base = nullptr;           // of this layer and expert, token 0
-  size_t stride = 0;                 // from token to token
-  const uint32_t* tokens = nullptr;  // the batch's numbers of the job's tokens, or null if they are the same
+  uint8_t* base = nullptr;              // of this layer and expert, token 0
+  size_t stride = 0;                    // from token to token
+  const uint32_t* tokens = nullptr;     // the batch's numbers of the job's tokens, or null if they are the same
+  float* const* activations = nullptr;  // (token of the job): its neurons' activations, zero so far; resident experts only
 
   bool wanted() const { return base != nullptr; }
   /** A chunk is a multiple of 8 neurons, so no two threads share a byte. */
@@ -25,6 +26,8 @@ struct FiredBits {
     uint8_t& byte = base[(tokens == nullptr ? t : tokens[t]) * stride + neuron / 8];
     byte = static_cast<uint8_t>(byte | (1u << (neuron % 8)));
   }
+  /** What the neuron contributes to the token, before its routing weight. */
+  void put(size_t t, size_t neuron, float activation) const { activations[t][neuron] = activation; }
 };
 
 /** The tokens of a batch that one expert computes. */

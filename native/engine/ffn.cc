@@ -16,6 +16,8 @@ size_t Ffn::carve(const EngineConfig& config, uint8_t* scratch) {
   router_logits_ = carver.take<float>(config.expert_count);
   token_shares_ = carver.take<float>(batch);
   tokens_ = carver.take<uint32_t>(batch);
+  rows_ = carver.take<float*>(batch);
+  used_ = carver.take<uint32_t>(batch);
   return carver.used();
 }
 
@@ -37,10 +39,12 @@ Status Ffn::compute(size_t layer_index, const LayerWeights& layer, const Activat
   Status status;
   if (config_->expert_count == 1) {
     for (size_t t = 0; routed_bits_ != nullptr && t < tokens; t++) routed_bits_[t * routed_stride_] = 1;
-    const FiredBits fired{fired_bits, fired_stride, nullptr};
+    for (size_t t = 0; activations_ != nullptr && t < tokens; t++) rows_[t] = activations_ + t * activation_stride_;
+    const FiredBits fired{fired_bits, fired_stride, nullptr, activations_ == nullptr ? nullptr : rows_};
     status = experts_->run({layer_index, 0, layer, x, predictor_x, tokens, nullptr, out, out_stride, fired});
   } else {
     route(layer, x, tokens);
+    std::fill_n(used_, tokens, 0u);
     for (size_t e = 0; e < config_->expert_count && status.is_ok(); e++) {
       uint8_t* bits = fired_bits == nullptr ? nullptr : fired_bits + e * fired_bytes(config_->neuron_count);
       status = run_routed(layer_index, e, layer, x, predictor_x, tokens, out, out_stride, bits, fired_stride);
@@ -74,6 +78,9 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
     }
     tokens_[count] = static_cast<uint32_t>(t);
     token_shares_[count] = share;
+    if (activations_ != nullptr) {
+      rows_[count] = activations_ + t * activation_stride_ + used_[t]++ * config_->neuron_count;
+    }
     gather(x, t, routed_, count);
     if (from_residual) gather(*predictor_x, t, routed_residual_, count);
     count++;
@@ -81,7 +88,7 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
   if (count == 0) return Status::ok();
   std::memset(expert_out_, 0, count * stride * sizeof(float));
   if (predictor_x != nullptr) predictor_x = from_residual ? &routed_residual_ : &routed_;
-  const FiredBits fired{fired_bits, fired_stride, tokens_};
+  const FiredBits fired{fired_bits, fired_stride, tokens_, activations_ == nullptr ? nullptr : rows_};
   Status status =
       experts_->run({layer_index, expert, layer, routed_, predictor_x, count, token_shares_, expert_out_, stride, fired});
   for (size_t i = 0; i < count; i++) {

@@ -32,6 +32,16 @@ class Ffn {
     routed_stride_ = stride;
   }
 
+  /**
+   * Whether the next computations also say what each neuron of a used expert contributes before its routing weight: the j-th
+   * used expert of token t (ascending) has its neurons at activations + t * stride + j * neurons, zero so far. Null: they do
+   * not.
+   */
+  void record_activations(float* activations, size_t stride) {
+    activations_ = activations;
+    activation_stride_ = stride;
+  }
+
  private:
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
@@ -48,10 +58,14 @@ class Ffn {
   float* router_logits_ = nullptr;  // (expert)
   float* token_shares_ = nullptr;   // (batch): of one expert's tokens
   uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
+  float** rows_ = nullptr;          // (batch): where their activations are written down
+  uint32_t* used_ = nullptr;        // (batch): experts that each token of the batch has used so far
   Activations routed_;
   Activations routed_residual_;
   uint8_t* routed_bits_ = nullptr;  // of this layer, or null
   size_t routed_stride_ = 0;
+  float* activations_ = nullptr;  // of this layer, or null
+  size_t activation_stride_ = 0;
   uint64_t router_bytes_read_ = 0;
 };
 

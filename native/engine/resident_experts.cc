@@ -105,6 +105,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
       for (size_t j = 0; job.fired.wanted() && j < count; j++) {
         if (values[j] != 0.0f) job.fired.mark(t, first + j);
       }
+      for (size_t j = 0; job.fired.activations != nullptr && j < count; j++) job.fired.put(t, first + j, values[j]);
       for (size_t j = 0; job.shares != nullptr && j < count; j++) values[j] *= job.shares[t];
     }
     fired_[chunk] = fired;
@@ -195,6 +196,7 @@ size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t co
     const Rows down = expert.down.rows_from(first + open[k]);
     columns[fired++] = {down.weights, down.scales, job.share(0) * gates[k]};
     if (job.fired.wanted()) job.fired.mark(0, first + open[k]);
+    if (job.fired.activations != nullptr) job.fired.put(0, first + open[k], gates[k]);
   }
   return fired;
 }

@@ -1,10 +1,12 @@
 import { Command, Option } from 'commander';
 import { type ConvertEvent, convert } from '../../converter/convert.js';
+import { PREDICTOR_MODES, type PredictorMode, QUALITIES, type Quality } from '../../converter/predictor/choice.js';
 import type { ConvertResult } from '../../converter/result.js';
 import { formatBytes, parseBytes } from '../base/bytes.js';
 import { formatDuration } from '../base/duration.js';
 import { Pi2Error } from '../base/error.js';
 import { QUANTIZATIONS, type QuantizationName } from '../format/manifest.js';
+import { describePredictor, predictorFacts } from '../report/predictor-table.js';
 import { describeSummary, profileSummary } from '../report/profile-table.js';
 import type { ProgressView } from '../ui/progress-view.js';
 import { withInterrupt, writeJson } from './output.js';
@@ -15,6 +17,8 @@ interface Options {
   maxRam: number;
   profile?: string;
   calibration?: string;
+  predictor: PredictorMode;
+  quality: Quality;
   force?: boolean;
   json?: boolean;
 }
@@ -54,6 +58,16 @@ export function convertCommand(): Command {
       '--calibration <TEXT>',
       'the same, making the profile on this UTF-8 text first; the model must fit --max-ram',
     )
+    .addOption(
+      new Option('--predictor <source>', 'which neurons to compute: guessed as the checkpoint does, or trained, or not')
+        .choices(PREDICTOR_MODES)
+        .default('auto'),
+    )
+    .addOption(
+      new Option('--quality <most>', 'how much perplexity a predictor may cost on held-out text')
+        .choices(Object.keys(QUALITIES))
+        .default('1%'),
+    )
     .option('--force', 'replace an existing model, once the new one is whole')
     .option('--json', 'print progress and result as JSON, one object a line, on stdout')
     .addHelpText(
@@ -67,6 +81,10 @@ continues where it stopped, and the result is the same byte for byte.
 
 In heat order (--profile, --calibration) the model says the same, but the neurons it needs most lie together.
 The profile becomes a part of it. While one is made, NAME.pi2.calibration holds the model in checkpoint order.
+
+A predictor guesses which neurons contribute, so that the gates of the others are not computed either. auto takes
+that of the checkpoint if there is one, else trains one, for ReLU models with a --calibration text; thresholds are
+judged on the end of the text, which is not trained on. If it saves nothing within --quality, there is none.
 
 Examples:
   powerinfer2 convert ./TurboSparse-Mistral-Instruct
@@ -94,6 +112,8 @@ async function runConvert(checkpoint: string, options: Options): Promise<void> {
       force: options.force ?? false,
       profile: options.profile,
       calibration: options.calibration,
+      predictor: options.predictor,
+      quality: options.quality,
     };
     const onEvent = (event: ConvertEvent) => (event.type === 'note' ? log.note(event.text) : log.progress(event));
     const result = await withInterrupt((signal) => convert(request, onEvent, signal));
@@ -235,6 +255,8 @@ function resultObject(result: ConvertResult): object {
     has_tokenizer: result.hasTokenizer,
     resumed: result.resumed,
     profile: result.profile && profileSummary(result.profile),
+    predictor: result.predictor && { bytes: result.predictor.bytes, ...predictorFacts(result.predictor) },
+    no_predictor: result.noPredictor,
   };
 }
 
@@ -248,6 +270,8 @@ function describe(result: ConvertResult): string[] {
     `took ${formatDuration(result.seconds)} (${rate}/s of the checkpoint), peak memory ${formatBytes(result.peakMemoryBytes)}`,
   ];
   if (result.profile) lines.push(`neurons sorted by heat: ${describeSummary(profileSummary(result.profile))}`);
+  if (result.predictor) lines.push(describePredictor(result.predictor, result.predictor.bytes));
+  if (result.noPredictor !== null) lines.push(`no predictor: ${result.noPredictor}`);
   if (result.ignored.length > 0) {
     const more = result.ignored.length > IGNORED_SHOWN ? ', …' : '';
     const names = result.ignored.slice(0, IGNORED_SHOWN).join(', ');

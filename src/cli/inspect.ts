@@ -3,10 +3,11 @@ import { readModelProfile } from '../../converter/activation/profile-file.js';
 import { profileStatistics } from '../../converter/activation/statistics.js';
 import { formatBytes } from '../base/bytes.js';
 import { isSplit, wasteShare } from '../format/layout.js';
-import type { Manifest } from '../format/manifest.js';
+import type { Manifest, PredictorEntry } from '../format/manifest.js';
 import { openModelDirectory } from '../format/model-directory.js';
 import { type PartSize, partSizes } from '../format/sizes.js';
 import { formatShare, formatTable } from '../report/format.js';
+import { describeCurve, predictorFacts, rankText } from '../report/predictor-table.js';
 import { describeSummary, type ProfileSummary, profileSummary } from '../report/profile-table.js';
 import { writeJson, writeOut } from './output.js';
 
@@ -31,7 +32,7 @@ async function inspect(directory: string, flags: { json?: boolean }): Promise<vo
 }
 
 function inspection(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary | null): object {
-  const { format, name, hyperparameters, quantization, layout, heat_order, provenance } = manifest;
+  const { format, name, hyperparameters, quantization, layout, heat_order, predictor, provenance } = manifest;
   const total = totals(sizes);
   const parts = sizes.map(({ part, weights, bytes }) => ({
     part,
@@ -52,6 +53,7 @@ function inspection(manifest: Manifest, sizes: PartSize[], profile: ProfileSumma
     layout: { ...layout, waste_share: wasteShare(layout) },
     heat_order,
     profile,
+    predictor: predictor === undefined ? null : predictorFacts(predictor),
     provenance,
   };
 }
@@ -87,6 +89,15 @@ function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary
     ['waste', formatShare(wasteShare(layout))],
     ['heat order', profile === null ? 'none: as in the checkpoint' : `by profile: ${describeSummary(profile)}`],
   ];
+  const { predictor } = manifest;
+  const predictors: [string, string][] = predictor
+    ? [
+        ['source', predictor.source === 'trained' ? 'trained by the converter' : 'the checkpoint'],
+        ['input', predictor.input === 'ffn_norm' ? 'what the FFN gets' : 'the residual stream after attention'],
+        ['shape', `${rankText(predictor.ranks)}; fc1 ${predictor.fc1}, fc2 ${predictor.fc2}`],
+        ['quality', qualityText(predictor.quality)],
+      ]
+    : [];
   const calibration = (provenance.calibration ?? []).map(({ sha256, tokens }): [string, string] => [
     'calibration',
     `${String(tokens).padStart(10)} tokens of the text with sha256 ${sha256}`,
@@ -102,9 +113,15 @@ function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary
     formatTable(parts),
     'Neuron bundles',
     formatTable(bundles),
+    ...(predictor ? ['Predictor', formatTable(predictors), describeCurve(predictor)] : []),
     `Provenance: made by ${provenance.converter} from`,
     formatTable([...sources, ...calibration]),
   ].join('\n');
+}
+
+function qualityText({ budget, tokens, exact_perplexity }: PredictorEntry['quality']): string {
+  const most = `perplexity may grow by ${formatShare(budget)}`;
+  return `${most}; judged on ${tokens} tokens, perplexity ${exact_perplexity.toFixed(3)} in exact mode`;
 }
 
 function scalingText(scaling: { kind: string; factor: number } | null): string {

@@ -151,6 +151,37 @@ export interface PredictorRequest {
   flashFrom?: number;
 }
 
+/** Sizes of the predictor of one bank, and its numbers. */
+export interface PredictorNumbers {
+  hiddenSize: number;
+  neuronCount: number;
+  rank: number;
+  /** fc1 (rank x hidden), then fc2 (rank x neurons), then the bias of each neuron. */
+  parameters: Float32Array;
+}
+
+/**
+ * A piece of the training of one bank's predictor: a step of Adam for each `batchSize` tokens of `order`. All state is the
+ * caller's, `parameters` and `moments` are changed in place; the result does not depend on `threads`.
+ */
+export interface TrainPredictorRequest extends PredictorNumbers {
+  /** [tokens x hidden] */
+  inputs: Float32Array;
+  /** Entries of token t in the next two: `starts[t]` up to `starts[t + 1]`. */
+  starts: Uint32Array;
+  /** Neurons that fire for the token, each once. */
+  neurons: Uint32Array;
+  /** What they contribute, relative to the mean. */
+  weights: Float32Array;
+  /** Two for each parameter, zero before the first step. */
+  moments: Float32Array;
+  stepsBefore: number;
+  order: Uint32Array;
+  batchSize: number;
+  learningRate: number;
+  threads: number;
+}
+
 /** Bytes that opening a request takes: what its counters show once it is open, and memory needed only while it opens. */
 export interface EngineMemory {
   weightBytes: number;
@@ -270,6 +301,15 @@ export interface StepRequest {
    * above. The FFN of a dense model is its expert 0.
    */
   routed?: Uint8Array;
+  /** If given, receives what the FFN of each token and layer gets, hiddenSize numbers each, as `input` says. */
+  inputs?: Float32Array;
+  /** What `inputs` receives: the residual stream after attention, or that same normed. Default: `ffn_norm`. */
+  input?: 'residual' | 'ffn_norm';
+  /**
+   * If given, receives what each neuron contributes before its routing weight, 0 if it does not fire: for each token, for each
+   * layer, for each of the expertsPerToken experts it uses (ascending), neuronCount numbers. Only with every neuron in memory.
+   */
+  activations?: Float32Array;
 }
 
 /**
@@ -350,6 +390,11 @@ export interface NativeAddon {
   openEngine(request: EngineRequest): Promise<NativeEngine>;
   /** Drives the engine's neuron cache through a trace, one token after another, with the calls that decoding makes. */
   replayCache(request: ReplayRequest): Promise<ReplayCounters>;
+  trainPredictor(request: TrainPredictorRequest): Promise<void>;
+  /** Fills `scores` [tokens x neurons] from `inputs` [tokens x hidden]. */
+  scorePredictor(
+    request: PredictorNumbers & { inputs: Float32Array; scores: Float32Array; threads: number },
+  ): Promise<void>;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
 }

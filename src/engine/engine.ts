@@ -1,6 +1,6 @@
 import { Pi2Error } from '../base/error.js';
 import { rowBytes } from '../format/encoding.js';
-import type { OperatingPoint } from '../format/manifest.js';
+import type { OperatingPoint, PredictorInput } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
 import { loadAddon } from './addon.js';
@@ -47,6 +47,12 @@ export interface StepOptions {
   fired?: Uint8Array;
   /** Receives which experts were used: `routedBytesPerToken` bytes a token. */
   routed?: Uint8Array;
+  /** Receives what each FFN gets: layers x hidden size numbers a token, in the form of `input`. */
+  inputs?: Float32Array;
+  /** Default `ffn_norm`. */
+  input?: PredictorInput;
+  /** Receives what each neuron contributes before its routing weight: layers x used experts x neurons numbers a token. */
+  activations?: Float32Array;
 }
 
 /** What generation, evaluation and perplexity need of an engine. */

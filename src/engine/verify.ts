@@ -4,7 +4,14 @@ import { fileError, Pi2Error } from '../base/error.js';
 import { readHeatOrder } from '../format/heat-order.js';
 import { expertCount } from '../format/hyperparameters.js';
 import { type BundleLayout, roundUpToPage } from '../format/layout.js';
-import { type Extent, NEURONS_FILE, PROFILE_FILE, RESIDENT_FILE, type TensorEntry } from '../format/manifest.js';
+import {
+  type Extent,
+  NEURONS_FILE,
+  PREDICTOR_FILE,
+  PROFILE_FILE,
+  RESIDENT_FILE,
+  type TensorEntry,
+} from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import type { NativeAddon } from './contract.js';
 import { nativeLayout } from './engine-request.js';
@@ -36,17 +43,23 @@ export async function verifyModel(
   addon: Pick<NativeAddon, 'crc32' | 'bundleChecksums'>,
   options: VerifyOptions,
 ): Promise<WrongExtent[]> {
-  const resident = await openFile(model.residentPath);
+  const paths: [Extent['file'], string][] = [
+    [RESIDENT_FILE, model.residentPath],
+    [NEURONS_FILE, model.neuronsPath],
+  ];
+  if (model.manifest.predictor) paths.push([PREDICTOR_FILE, model.predictorPath]);
+  const files = new Map<Extent['file'], OpenFile>();
   try {
-    const neurons = await openFile(model.neuronsPath);
-    try {
-      return await new Verifier(model, addon, options, resident, neurons).run();
-    } finally {
-      await neurons.close();
-    }
+    for (const [file, path] of paths) files.set(file, { path, handle: await openFile(path) });
+    return await new Verifier(model, addon, options, files).run();
   } finally {
-    await resident.close();
+    for (const { handle } of files.values()) await handle.close();
   }
+}
+
+interface OpenFile {
+  path: string;
+  handle: FileHandle;
 }
 
 class Verifier {
@@ -57,13 +70,12 @@ class Verifier {
     private readonly model: ModelDirectory,
     private readonly addon: Pick<NativeAddon, 'crc32' | 'bundleChecksums'>,
     private readonly options: VerifyOptions,
-    private readonly resident: FileHandle,
-    private readonly neurons: FileHandle,
+    private readonly files: ReadonlyMap<Extent['file'], OpenFile>,
   ) {}
 
   async run(): Promise<WrongExtent[]> {
     const { extents } = this.model.manifest;
-    for (const file of [RESIDENT_FILE, NEURONS_FILE] as const) {
+    for (const file of this.files.keys()) {
       const ordered = extents.filter((extent) => extent.file === file);
       for (const [i, extent] of ordered.entries()) {
         const end = extent.offset + extent.bytes;
@@ -111,7 +123,7 @@ class Verifier {
     this.#wrong.push({ extent: 'profile', file: PROFILE_FILE, problems });
   }
 
-  /** A plain extent of `resident.bin`. */
+  /** A plain extent of `resident.bin` or `predictor.bin`. */
   async #extent(extent: Extent): Promise<string[]> {
     const buffer = Buffer.alloc(Math.min(PIECE_BYTES, extent.bytes));
     let crc = 0;
@@ -173,8 +185,7 @@ class Verifier {
   }
 
   async #read(file: Extent['file'], target: Buffer, position: number): Promise<void> {
-    const [handle, path] =
-      file === RESIDENT_FILE ? [this.resident, this.model.residentPath] : [this.neurons, this.model.neuronsPath];
+    const { handle, path } = this.files.get(file) as OpenFile;
     for (let done = 0; done < target.length; ) {
       const { bytesRead } = await handle
         .read(target, done, target.length - done, position + done)

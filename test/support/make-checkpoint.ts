@@ -28,6 +28,8 @@ export interface CheckpointOptions {
   seed?: number;
   /** bamboo and turbosparsemixtral: adds the predictors that the public checkpoints have. */
   predictors?: boolean;
+  /** Gated families: gates and ups have only this rank, so that a small predictor can know which neurons fire. */
+  gateRank?: number;
   /** opt: what tensor names begin with. Default `model.decoder`. */
   decoder?: 'model.decoder' | 'decoder';
   /** Keys of config.json to add or replace; `undefined` takes a key out. Biases follow `attention_bias`. */
@@ -99,6 +101,7 @@ function withDefaults(options: CheckpointOptions) {
     tied: options.tied ?? options.family === 'opt',
     type: options.type ?? ('BF16' as NumberType),
     seed: options.seed ?? 1,
+    gateRank: options.gateRank,
   };
 }
 
@@ -154,6 +157,21 @@ class Weights {
     this.#add(name, [outputs, inputs], () => deviation * this.#random.normal());
   }
 
+  /** As `matrix`, a product of two that have `rank` in between. */
+  thinMatrix(name: string, outputs: number, inputs: number, rank: number): void {
+    const normal = () => this.#random.normal();
+    const left = Float32Array.from({ length: outputs * rank }, normal);
+    const right = Float32Array.from({ length: rank * inputs }, normal);
+    let at = 0;
+    this.#add(name, [outputs, inputs], () => {
+      const row = Math.floor(at / inputs);
+      const column = at++ % inputs;
+      let sum = 0;
+      for (let k = 0; k < rank; k++) sum += left[row * rank + k] * right[k * inputs + column];
+      return sum / Math.sqrt(rank * inputs);
+    });
+  }
+
   table(name: string, rows: number, columns: number, deviation: number): void {
     this.#add(name, [rows, columns], () => deviation * this.#random.normal());
   }
@@ -198,8 +216,11 @@ function addGated(weights: Weights, shape: Shape, predictors: boolean, config: C
 
 function addFfn(weights: Weights, ffn: string, names: string[], shape: Shape, predictors: boolean): void {
   const [gate, up, down] = names;
-  weights.matrix(`${ffn}.${gate}.weight`, shape.neurons, shape.hidden);
-  weights.matrix(`${ffn}.${up}.weight`, shape.neurons, shape.hidden);
+  for (const matrix of [gate, up]) {
+    const name = `${ffn}.${matrix}.weight`;
+    if (shape.gateRank === undefined) weights.matrix(name, shape.neurons, shape.hidden);
+    else weights.thinMatrix(name, shape.neurons, shape.hidden, shape.gateRank);
+  }
   weights.matrix(`${ffn}.${down}.weight`, shape.hidden, shape.neurons);
   if (predictors) {
     weights.matrix(`${ffn}.predictor.fc1.weight`, 8, shape.hidden);
