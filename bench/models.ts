@@ -4,9 +4,10 @@ import { mkdir, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Pi2Error } from '../src/base/error.js';
-import { MANIFEST_FILE, type QuantizationName } from '../src/format/manifest.js';
+import { MANIFEST_FILE, PREDICTOR_FILE, type QuantizationName } from '../src/format/manifest.js';
 import { generateCheckpoint } from './generate.js';
 import type { Shape } from './shapes.js';
+import { addSparsePredictor, profileRandomTokens } from './sparse-model.js';
 
 const ROOT = packageRoot();
 const CACHE = join(ROOT, 'bench', 'cache');
@@ -43,7 +44,20 @@ export async function prepareSynthetic(
   const start = performance.now();
   const made = await generateCheckpoint(shape, SEED, checkpoint);
   const generationSeconds = made ? (performance.now() - start) / 1000 : null;
-  return { generationSeconds, ...(await prepareModel(checkpoint, `synthetic-${shape.name}`, quantization, made, log)) };
+  const name = `synthetic-${shape.name}`;
+  const plain = await prepareModel(checkpoint, name, quantization, made, log);
+  if (shape.activation !== 'drelu') return { generationSeconds, ...plain };
+  const profile = join(CACHE, `${name}-${quantization}.profile`);
+  const path = join(CACHE, `${name}-${quantization}-sparse.pi2`);
+  if (plain.conversion !== null || !existsSync(join(path, PREDICTOR_FILE))) {
+    log(`profiling ${plain.path} on random tokens`);
+    await profileRandomTokens(plain.path, profile, SEED);
+    log(`converting to ${path}, in heat order`);
+    await runConvert(checkpoint, path, quantization, '--profile', profile);
+    log(`adding the predictors of ${checkpoint}`);
+    await addSparsePredictor(path, checkpoint, shape);
+  }
+  return { generationSeconds, path, conversion: plain.conversion };
 }
 
 /** The model of the trained checkpoint that the demo uses. */
@@ -71,9 +85,14 @@ async function prepareModel(
 }
 
 /** Runs `powerinfer2 convert` as users do, in a process of its own: its peak memory is the conversion's alone. */
-async function runConvert(checkpoint: string, output: string, quantization: QuantizationName): Promise<Conversion> {
+async function runConvert(
+  checkpoint: string,
+  output: string,
+  quantization: QuantizationName,
+  ...options: string[]
+): Promise<Conversion> {
   const program = join(ROOT, 'bin', 'powerinfer2.js');
-  const args = [program, 'convert', checkpoint, '-o', output, '--quant', quantization, '--force', '--json'];
+  const args = [program, 'convert', checkpoint, '-o', output, '--quant', quantization, '--force', '--json', ...options];
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] });
   let text = '';
   child.stdout.setEncoding('utf8').on('data', (piece: string) => {

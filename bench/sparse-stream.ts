@@ -98,10 +98,34 @@ export class SparseStream {
     return Math.min(RATE_MOST, share * Math.exp(LOG_RATE_DEVIATION * heat - LOG_RATE_DEVIATION ** 2 / 2));
   }
 
+  /**
+   * The score from which a neuron on flash is fetched, so that the fetched ones are `fetchedPerFired` times those that fire.
+   * `order`: the neurons of the layer, the hottest first; `kept` of them are in memory.
+   */
+  flashThreshold(layer: number, order: Uint32Array, kept: number, fetchedPerFired: number): number {
+    const cold = [...order.subarray(Math.min(order.length - 1, Math.ceil(kept * order.length)))];
+    const rates = cold.map((neuron) => this.rate(layer, neuron));
+    const wanted = fetchedPerFired * rates.reduce((sum, rate) => sum + rate, 0);
+    const needed = cold.map((neuron) => this.threshold(layer, neuron) / this.#growth(layer));
+    let low = 0;
+    let high = 8;
+    for (let i = 0; i < 30; i++) {
+      const middle = (low + high) / 2;
+      const fetched = needed.reduce((sum, threshold) => sum + normalIntegral(-threshold - middle), 0);
+      if (fetched > wanted) low = middle;
+      else high = middle;
+    }
+    return low * this.#growth(layer);
+  }
+
+  /** Deviation of features in a layer: blocks have added to them. */
+  #growth(layer: number): number {
+    return Math.sqrt(1 + (STREAM_GROWTH * layer) / this.#shape.layerCount);
+  }
+
   /** What the features of a token must reach for the gate to fire. */
   threshold(layer: number, neuron: number): number {
-    const growth = Math.sqrt(1 + (STREAM_GROWTH * layer) / this.#shape.layerCount);
-    return -growth * inverseNormal(this.rate(layer, neuron) / UP_SHARE);
+    return -this.#growth(layer) * inverseNormal(this.rate(layer, neuron) / UP_SHARE);
   }
 }
 

@@ -279,6 +279,9 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
   if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
   const auto flag = [&](const char* name, bool fallback) { return fields.has(name) ? fields.boolean(name) : fallback; };
+  const std::string policy = fields.has("policy") ? fields.text("policy") : "frequency";
+  if (policy != "frequency" && policy != "recency") fields.fail("policy must be frequency or recency");
+  stream->policy = policy == "recency" ? CachePolicy::kRecency : CachePolicy::kFrequency;
   stream->prefetch_bytes = fields.size_or("prefetchBytes", 0);
   if (stream->prefetch_bytes > size_t{1} << 30) fields.fail("prefetchBytes is absurd");
   stream->two_phase = flag("twoPhase", true);

@@ -33,7 +33,8 @@ size_t NeuronCache::bytes_needed(const std::vector<BankPlan>& plans, size_t neur
 }
 
 Status NeuronCache::allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes,
-                             const std::vector<float>& firing_rates) {
+                             const std::vector<float>& firing_rates, CachePolicy policy) {
+  policy_ = policy;
   part1_bytes_ = part1_bytes;
   slot_bytes_ = slot_bytes;
   const size_t weights = weight_bytes_needed(plans, part1_bytes, slot_bytes);

@@ -38,6 +38,9 @@ struct BankPlan {
   size_t cold_slots = 0;
 };
 
+/** Which neurons slots keep: the policy above, or those used last, which baselines do and which replays compare with. */
+enum class CachePolicy { kFrequency, kRecency };
+
 class NeuronCache {
  public:
   static constexpr int32_t kNoSlot = -1;
@@ -47,7 +50,7 @@ class NeuronCache {
    * text; empty where that is not known. With rates slots do not begin free, but with the hottest neurons that are not hot.
    */
   Status allocate(const std::vector<BankPlan>& plans, size_t neurons, size_t part1_bytes, size_t slot_bytes,
-                  const std::vector<float>& firing_rates);
+                  const std::vector<float>& firing_rates, CachePolicy policy = CachePolicy::kFrequency);
 
   const BankPlan& plan(size_t bank) const { return banks_[bank].plan; }
   /** Memory of a resident gate, to read or (while loading) to fill; null if the neuron has none. */
@@ -105,8 +108,13 @@ class NeuronCache {
     return slot == kNoSlot ? nullptr : b.cold + static_cast<size_t>(slot) * slot_bytes_;
   }
   static float recent_now(const Bank& bank, const Neuron& neuron);
-  static float score_now(const Bank& bank, const Neuron& neuron) { return recent_now(bank, neuron) + neuron.usual; }
+  /** How much a neuron is worth a slot. */
+  float score_now(const Bank& bank, const Neuron& neuron) const {
+    if (policy_ == CachePolicy::kRecency) return static_cast<float>(neuron.used);
+    return recent_now(bank, neuron) + neuron.usual;
+  }
 
+  CachePolicy policy_ = CachePolicy::kFrequency;
   size_t part1_bytes_ = 0;
   size_t slot_bytes_ = 0;
   HugeMemory memory_;

@@ -46,6 +46,7 @@ struct StreamConfig {
   std::vector<size_t> checksum_offsets;
   /** Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). */
   bool two_phase = true;
+  CachePolicy policy = CachePolicy::kFrequency;
   /** Memory for reads that are guessed before attention, for the FFN behind it; 0: none are. */
   size_t prefetch_bytes = 0;
   /** False takes a step away, to be measured: rows of a neuron side by side; computing while reads are on their way. */

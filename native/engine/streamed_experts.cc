@@ -128,7 +128,7 @@ Status StreamedExperts::allocate() {
   weight_bytes_ = pi2::weight_bytes(config.ffn_encoding, config.hidden_size);
   two_phases_ = has_two_phases(config);
   Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config),
-                                  config.stream.firing_rates);
+                                  config.stream.firing_rates, config.stream.policy);
   if (status.is_ok())
     status = staging_.allocate(2 * half_bytes(config) + page_up(config.stream.prefetch_bytes), "reads from flash");
   if (status.is_ok()) status = scratch_.allocate(carve(config, nullptr), "scratch of streamed experts");

@@ -1,5 +1,6 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { nearestName, Pi2Error } from '../base/error.js';
+import { ABLATIONS, type Ablation } from '../engine/ablation.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
 import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
 import { SAMPLING_DEFAULTS, type SamplingOptions } from '../engine/sampler.js';
@@ -17,6 +18,7 @@ export interface EngineFlags {
   loadMode: LoadMode;
   verifyReads?: boolean;
   exact?: boolean;
+  ablate?: Ablation[];
 }
 
 /** Options of every command that chooses tokens. */
@@ -66,11 +68,12 @@ export function addExactOption(command: Command): Command {
   return command.option('--exact', 'compute every neuron that fires, as if the model had no predictor');
 }
 
-/** Adds `--engine`, for commands that compare engines. */
+/** Adds `--engine` and `--ablate`, for commands that compare ways to compute. */
 export function addEngineChoice(command: Command): Command {
-  const engines = ENGINES.join(', ');
-  const choice = new Option('--engine <name>', `${engines}; mmap is a baseline: files mapped, all neurons computed`);
-  return command.addOption(choice.argParser(parseName(ENGINES)).default('pi2'));
+  const choice = new Option('--engine <name>', `${ENGINES.join(', ')}; those after the first are baselines`);
+  const ablate = new Option('--ablate <steps>', `take steps of streaming away: ${ABLATIONS.join(',')}`);
+  command.addOption(choice.argParser(parseName(ENGINES)).default('pi2'));
+  return command.addOption(ablate.argParser(parseAblations));
 }
 
 /** Adds the options of sampling, with llama.cpp's names, meanings and defaults. */
@@ -105,6 +108,7 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     loadMode: flags.loadMode,
     verifyReads: flags.verifyReads === true,
     exact: flags.exact === true,
+    ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
   };
 }
 
@@ -150,6 +154,10 @@ export function parseTokens(text: string): number[] {
     if (!/^\d{1,9}$/.test(id)) throw new InvalidArgumentError(`Expected token ids such as 1,2,3; '${id}' is none.`);
     return Number(id);
   });
+}
+
+function parseAblations(text: string): Ablation[] {
+  return text.split(',').map((name) => parseName(ABLATIONS)(name.trim()));
 }
 
 function parseMemory(text: string): MemoryLimit {

@@ -122,6 +122,8 @@ export interface StreamRequest {
   prefetchBytes?: number;
   /** Whether the gate of a missing neuron is read first, and its rows only if it fires. Default: yes. */
   twoPhase?: boolean;
+  /** Which neurons slots keep: those that fire often, or (a baseline) those that fired last. Default: `frequency`. */
+  policy?: 'frequency' | 'recency';
   /** To measure what a step brings, it is taken away: neurons read as bundles, computing while reads are on their way. */
   bundles?: boolean;
   pipeline?: boolean;

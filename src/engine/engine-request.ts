@@ -76,10 +76,10 @@ export function modelRequest(
 export function streamRequest(
   model: ModelDirectory,
   shape: StreamShape,
-  mode: StreamRequest['mode'],
+  how: Pick<StreamRequest, 'mode' | 'policy' | 'bundles' | 'twoPhase' | 'pipeline' | 'firingRates'>,
   verifyReads: boolean,
 ): Pick<EngineRequest, 'stream'> & Partial<Pick<EngineRequest, 'extents'>> {
-  const stream: StreamRequest = { ...shape, mode, backend: 'uring', lanes: READ_LANES };
+  const stream: StreamRequest = { ...shape, ...how, backend: 'uring', lanes: READ_LANES };
   if (!verifyReads) return { stream };
   const { hyperparameters: h } = model.manifest;
   const experts = expertCount(h);

@@ -3,6 +3,7 @@ import { rowBytes } from '../format/encoding.js';
 import type { OperatingPoint, PredictorInput } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
+import type { Ablation } from './ablation.js';
 import { loadAddon } from './addon.js';
 import type { EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine } from './contract.js';
 import { modelRequest } from './engine-request.js';
@@ -24,6 +25,8 @@ export interface EngineOptions {
   verifyReads?: boolean;
   /** Computes every neuron that fires, as if the model had no predictor. */
   exact?: boolean;
+  /** Steps of streaming that are taken away, to measure what they bring. */
+  ablate?: readonly Ablation[];
 }
 
 /**
@@ -33,8 +36,11 @@ export interface EngineOptions {
 export const LOAD_MODES = ['auto', 'resident', 'direct', 'buffered'] as const;
 export type LoadMode = (typeof LOAD_MODES)[number];
 
-/** `pi2`: what this project is about. `mmap`: a baseline, files mapped and every neuron computed, as other engines do it. */
-export const ENGINES = ['pi2', 'mmap'] as const;
+/**
+ * `pi2`: what this project is about. Baselines: `mmap`, files mapped and every neuron computed, as other engines do it;
+ * `llmflash`, what LLM in a flash does (ablation.ts).
+ */
+export const ENGINES = ['pi2', 'mmap', 'llmflash'] as const;
 export type EngineName = (typeof ENGINES)[number];
 
 /** What a step computes and tells besides the logits of its last token; see `StepRequest`. */

@@ -15,7 +15,8 @@ import {
   type StreamShape,
   shareOfNeurons,
 } from '../plan/memory-plan.js';
-import type { EngineMemory, EngineRequest, NativeAddon } from './contract.js';
+import { ablateShape, ablateStream, LLMFLASH_ABLATIONS } from './ablation.js';
+import type { EngineMemory, EngineRequest, NativeAddon, StreamRequest } from './contract.js';
 import type { EngineOptions } from './engine.js';
 import { type ModelRequest, predictorRequest, streamRequest } from './engine-request.js';
 
@@ -49,20 +50,38 @@ export async function planRequest(
   const { memory, verifyReads = false, loadMode = 'auto', engine = 'pi2' } = options;
   const isMapped = engine === 'mmap';
   if (isMapped) requireMappable(options);
-  const exact = options.exact || isMapped;
+  const ablated = [...(options.ablate ?? []), ...(engine === 'llmflash' ? LLMFLASH_ABLATIONS : [])];
+  const exact = options.exact || isMapped || ablated.includes('predictor');
   const { predictor } = model.manifest;
-  const readMode = loadMode === 'buffered' ? 'buffered' : 'direct';
+  const policy: StreamRequest['policy'] = engine === 'llmflash' ? 'recency' : 'frequency';
+  const how = { mode: loadMode === 'buffered' ? 'buffered' : 'direct', policy, ...ablateStream(ablated) } as const;
   // What is mapped is the page cache's: the budget is of what the process takes for itself.
   const mode = isMapped ? 'resident' : loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
-  const requestOf = (batchSize: number, shape: StreamShape | undefined, point: OperatingPoint | null) => ({
+  const requestOf = (
+    batchSize: number,
+    shape: StreamShape | undefined,
+    point: OperatingPoint | null,
+    firingRates?: Float32Array,
+  ) => ({
     ...base,
     ...(isMapped ? { mapped: true } : {}),
-    ...(shape === undefined ? {} : streamRequest(model, shape, readMode, verifyReads)),
+    ...(shape === undefined
+      ? {}
+      : streamRequest(
+          model,
+          ablateShape(shape, ablated),
+          { ...how, ...(firingRates ? { firingRates } : {}) },
+          verifyReads,
+        )),
     ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
     batchSize,
   });
   let rates: Promise<FiringRates | null> | undefined;
+  const readRates = () => {
+    rates ??= readFiringRates(model);
+    return rates;
+  };
   const decide = async (entry?: PredictorEntry): Promise<Decision> => {
     const question: MemoryQuestion = {
       bankCount: base.expertOffsets.length,
@@ -76,26 +95,43 @@ export async function planRequest(
         sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
       // Which experts are next nobody knows before attention.
-      canPrefetch: entry !== undefined && base.expertCount === 1,
+      canPrefetch: entry !== undefined && base.expertCount === 1 && !ablated.includes('prefetch'),
     };
     if (memory?.kind === 'min') question.budgetBytes = leastMemory(question);
     let plan = planMemory(question);
     if (plan.kind === 'streamed') {
-      rates ??= readFiringRates(model);
-      const firingRates = await rates;
+      const firingRates = await readRates();
       if (firingRates !== null) plan = planMemory({ ...question, firingRates });
     }
     return { plan, budgetBytes: question.budgetBytes };
   };
 
-  const planned = ({ plan, budgetBytes }: Decision, operatingPoint: OperatingPoint | null, notice: string | null) => {
+  /** How often neurons fire when their bank is asked, as the cache wants it. */
+  const bankRates = async (): Promise<Float32Array | undefined> => {
+    const known = policy === 'frequency' ? await readRates() : null;
+    if (known === null) return undefined;
+    const { neuronCount } = base;
+    const all = new Float32Array(known.rates.length * neuronCount);
+    for (const [bank, ofBank] of known.rates.entries()) {
+      const routed = known.routed[bank] || 1;
+      for (let i = 0; i < neuronCount; i++) all[bank * neuronCount + i] = Math.min(1, ofBank[i] / routed);
+    }
+    return all;
+  };
+  const planned = async (
+    { plan, budgetBytes }: Decision,
+    operatingPoint: OperatingPoint | null,
+    notice: string | null,
+  ) => {
     if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budgetBytes, plan.leastBytes);
     const shape = plan.kind === 'streamed' ? plan.shape : undefined;
-    return { request: requestOf(plan.batchSize, shape, operatingPoint), budgetBytes, operatingPoint, notice };
+    const request = requestOf(plan.batchSize, shape, operatingPoint, shape && (await bankRates()));
+    return { request, budgetBytes, operatingPoint, notice };
   };
   if (predictor === undefined || exact) return planned(await decide(), null, null);
   const predicted = await decide(predictor);
-  const point = choosePoint(predictor, predicted.plan, base.neuronCount);
+  const startsFull = (await readRates()) !== null;
+  const point = choosePoint(predictor, predicted.plan, base.neuronCount, startsFull);
   if (predicted.plan.kind === 'resident') return planned(predicted, point, null);
   const exactly = await decide();
   const why = whyExact(predictor, predicted.plan, exactly.plan, point);
@@ -116,12 +152,19 @@ interface Decision {
 }
 
 /**
- * The operating point with the largest kept share that the plan has in memory for good, of every bank: what a point promises
- * was measured with the hottest neurons of each expert in memory all the time, and slots begin empty. Null if none has so few.
+ * The operating point with the largest kept share that the plan has in memory, of every bank: what a point promises was measured
+ * with the hottest neurons of each expert in memory all the time. Slots count if they begin full: they start with the next
+ * hottest, and are given to others only for being used more. Null if no point has so few.
  */
-function choosePoint({ points }: PredictorEntry, plan: MemoryPlan, neuronCount: number): OperatingPoint | null {
-  const hot = plan.kind === 'streamed' ? plan.shape.hotNeurons : [];
-  const kept = hot.reduce((least, count) => Math.min(least, count), neuronCount);
+function choosePoint(
+  { points }: PredictorEntry,
+  plan: MemoryPlan,
+  neuronCount: number,
+  startsFull: boolean,
+): OperatingPoint | null {
+  const { hotNeurons, coldSlots } = plan.kind === 'streamed' ? plan.shape : { hotNeurons: [], coldSlots: [] };
+  const counts = hotNeurons.map((hot, bank) => hot + (startsFull ? coldSlots[bank] : 0));
+  const kept = counts.reduce((least, count) => Math.min(least, count), neuronCount);
   return points.findLast(({ kept_share }) => shareOfNeurons(kept_share, neuronCount) <= kept) ?? null;
 }
 
