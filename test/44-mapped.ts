@@ -158,14 +158,27 @@ t.test('the command line: the same tokens, perplexity and logits, and a report t
   t.match(lines.at(-1), { load_mode: 'mmap', storage: 'mmap', weight_bytes: 0, flash_reads_per_token: null });
   t.equal(lines.at(-1).gates_resident_share, null);
   t.ok(lines.at(-1).major_faults_per_token >= 0);
-  const human = await runCli('run', '-m', model, '--tokens', '1,5', '-n', '3', '--engine', 'mmap', '--memory', 'min');
+  const human = await runCli(
+    'run',
+    '-m',
+    model,
+    '--tokens',
+    '1,5',
+    '-n',
+    '3',
+    '--ignore-eos',
+    '--engine',
+    'mmap',
+    '--memory',
+    'min',
+  );
   t.match(
     human.stderr,
     /load mode +mmap, what is in memory is up to the kernel’s page cache; [\d.]+ major page faults/,
   );
   t.match(await run('--engine', 'mmap', '--memory', '20M'), { status: 5, stderr: /take \d+M, the budget is 20.0 MiB/ });
   const wrong: [string[], RegExp][] = [
-    [['--engine', 'mmpa'], /Expected one of pi2, mmap.\nhint: did you mean mmap\?/],
+    [['--engine', 'mmpa'], /Expected one of pi2, mmap, llmflash.\nhint: did you mean mmap\?/],
     [['--engine', 'mmap', '--load-mode', 'direct'], /--engine mmap cannot have --load-mode direct/],
     [['--engine', 'mmap', '--verify-reads'], /--engine mmap cannot have --verify-reads/],
   ];

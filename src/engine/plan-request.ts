@@ -152,9 +152,11 @@ interface Decision {
 }
 
 /**
- * The operating point with the largest kept share that the plan has in memory, of every bank: what a point promises was measured
- * with the hottest neurons of each expert in memory all the time. Slots count if they begin full: they start with the next
- * hottest, and are given to others only for being used more. Null if no point has so few.
+ * The operating point with the largest kept share that the plan has in memory; null if none has so few. What a point promises
+ * was measured with that share of each expert in memory all the time, the hottest neurons. Where slots begin full, they start
+ * with the next hottest and are given to others only for being used more, and places are shared out by rates: the same number
+ * of places finds more than an even share of each bank does (docs/CACHE.md), so it is their number that counts. Else only hot
+ * neurons do, of the bank that has the fewest.
  */
 function choosePoint(
   { points }: PredictorEntry,
@@ -162,9 +164,12 @@ function choosePoint(
   neuronCount: number,
   startsFull: boolean,
 ): OperatingPoint | null {
-  const { hotNeurons, coldSlots } = plan.kind === 'streamed' ? plan.shape : { hotNeurons: [], coldSlots: [] };
-  const counts = hotNeurons.map((hot, bank) => hot + (startsFull ? coldSlots[bank] : 0));
-  const kept = counts.reduce((least, count) => Math.min(least, count), neuronCount);
+  const { hotNeurons, coldSlots } =
+    plan.kind === 'streamed' ? plan.shape : { hotNeurons: [neuronCount], coldSlots: [0] };
+  const sum = (counts: number[]) => counts.reduce((total, count) => total + count, 0);
+  const kept = startsFull
+    ? Math.floor((sum(hotNeurons) + sum(coldSlots)) / hotNeurons.length)
+    : hotNeurons.reduce((least, count) => Math.min(least, count), neuronCount);
   return points.findLast(({ kept_share }) => shareOfNeurons(kept_share, neuronCount) <= kept) ?? null;
 }
 

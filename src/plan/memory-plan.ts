@@ -26,12 +26,10 @@ const BATCH_SHARE = 1 / 8;
  */
 export const BATCH_SIZE_MOST = 128;
 /**
- * A neuron that fires for this share of the tokens that reach its bank is kept for good: it is there from the first token on,
- * while slots begin empty. Rarer ones are better chosen by the text at hand. Tried with a trained dReLU model of 8 layers at
- * 60 % of its FFN, on 468 tokens it had not seen: 0.5 reads 1245 KiB a token in 52 reads, 0.05 1250 in 46, 0 1467 in 41; at
- * 80 %: 899 in 21, 811 in 16, 801 in 15.
+ * A neuron that fires for this share of the tokens that reach its bank is kept for good: its place would never be given to
+ * another, so it needs no bookkeeping. Below a fifth, places that change hands find more (docs/CACHE.md).
  */
-const HOT_RATE = 0.05;
+const HOT_RATE = 0.3;
 
 /** The part of a `StreamRequest` that the planner decides; one number a bank. */
 export interface StreamShape {
@@ -147,8 +145,10 @@ function keepNeurons(question: MemoryQuestion, fits: (shape: StreamShape) => boo
     const coldSlots = kept.map((count, bank) => count - hotNeurons[bank]);
     return { residentGates: gates, hotNeurons, coldSlots, stagingBytes: 0, prefetchBytes: 0 };
   };
-  // What a point promises was measured with that share of each bank in memory from the first token on: so they are hot.
-  const shares = keptShares.map((share) => shareOfNeurons(share, neuronCount));
+  // What a point promises was measured with that share of each bank in memory from the first token on. With rates slots are full
+  // from there on, and places go to banks by what fires; without, neurons have to be hot, the same share of each bank.
+  const promised = question.firingRates === undefined ? keptShares : [];
+  const shares = promised.map((share) => shareOfNeurons(share, neuronCount));
   const wanted = Math.max(0, ...shares.filter((count) => fits(shapeOf(order.counts(0), count))));
   const count = mostThatFit(order.length, (items) => fits(shapeOf(order.counts(items), wanted)));
   const most = count < order.length && order.isRows(count) ? GROUP_NEURONS - 1 : 0;
