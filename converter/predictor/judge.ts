@@ -1,6 +1,8 @@
 import type { NativeAddon, PredictorRequest } from '../../src/engine/contract.js';
 import { Engine } from '../../src/engine/engine.js';
+import { predictorRequest } from '../../src/engine/engine-request.js';
 import { measurePerplexity, type Window } from '../../src/engine/evaluate.js';
+import type { OperatingPoint, PredictorInput } from '../../src/format/manifest.js';
 import type { ModelDirectory } from '../../src/format/model-directory.js';
 import { type LayerCurve, LEVELS, RUNS } from './curve.js';
 
@@ -26,8 +28,9 @@ export interface JudgeRequest {
   addon: NativeAddon;
   /** Without a predictor. */
   model: ModelDirectory;
-  /** The predictor, but for its thresholds. */
-  predictor: Omit<PredictorRequest, 'memoryThresholds' | 'flashThresholds' | 'flashFrom'>;
+  /** The same with the extents and tensors of `predictor.bin`, and what the predictor gets to see. */
+  withPredictor: ModelDirectory;
+  input: PredictorInput;
   curves: readonly LayerCurve[];
   windows: readonly Window[];
   context: number;
@@ -52,11 +55,11 @@ export class Judge {
   }
 
   /** The thresholds of a setting, one a layer. */
-  thresholds({ memory, flash }: Setting): Pick<PredictorRequest, 'memoryThresholds' | 'flashThresholds'> {
+  thresholds({ memory, flash }: Setting): Pick<OperatingPoint, 'memory_thresholds' | 'flash_thresholds'> {
     const { curves } = this.#request;
     return {
-      memoryThresholds: curves.map((curve) => curve.thresholds[memory]),
-      flashThresholds: curves.map((curve) => curve.thresholds[flash]),
+      memory_thresholds: curves.map((curve) => curve.thresholds[memory]),
+      flash_thresholds: curves.map((curve) => curve.thresholds[flash]),
     };
   }
 
@@ -65,11 +68,11 @@ export class Judge {
     const key = Object.values(setting).join();
     const known = this.#judgements.get(key);
     if (known) return known;
-    const { addon, model, predictor, windows, exact, context, onWindow } = this.#request;
+    const { addon, model, withPredictor, input, windows, exact, context, onWindow } = this.#request;
     const neurons = model.manifest.hyperparameters.neuron_count;
     const flashFrom = Math.ceil((setting.keptRuns / RUNS) * neurons);
-    const request = { ...predictor, ...this.thresholds(setting), flashFrom };
-    const nlls = await windowNlls(model, withPredictor(addon, request), windows, context, onWindow);
+    const predictor = { ...predictorRequest(withPredictor, { input }, this.thresholds(setting)), flashFrom };
+    const nlls = await windowNlls(model, predicting(addon, predictor), windows, context, onWindow);
     const judgement = { setting, ...this.#shares(setting), ...compare(exact, nlls, windows) };
     this.#judgements.set(key, judgement);
     return judgement;
@@ -132,7 +135,7 @@ function compare(exact: readonly number[], nlls: readonly number[], windows: rea
 }
 
 /** An addon whose engines have a predictor that the model does not know of yet. */
-function withPredictor(addon: NativeAddon, predictor: PredictorRequest): NativeAddon {
+function predicting(addon: NativeAddon, predictor: PredictorRequest): NativeAddon {
   return {
     ...addon,
     memoryNeeded: (request) => addon.memoryNeeded({ ...request, predictor }),

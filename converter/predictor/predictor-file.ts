@@ -1,7 +1,6 @@
 import { crc32 } from 'node:zlib';
-import type { NativeTensor, PredictorRequest } from '../../src/engine/contract.js';
 import { roundUpToPage } from '../../src/format/layout.js';
-import { type Extent, PREDICTOR_FILE, type PredictorInput, type TensorEntry } from '../../src/format/manifest.js';
+import { type Extent, PREDICTOR_FILE, type TensorEntry } from '../../src/format/manifest.js';
 import { type Output, OutputFile } from '../write/output.js';
 import type { EncodedLayer } from './encode.js';
 
@@ -31,26 +30,4 @@ export async function writePredictorFile(output: Output, layers: readonly Encode
     await file.close();
   }
   return { extents, tensors: layers.flatMap((layer) => layer.tensors), bytes: offset };
-}
-
-/** A predictor in the partial directory as the addon takes it, but for its thresholds. */
-export function nativePredictor(
-  output: Output,
-  input: PredictorInput,
-  extents: readonly Extent[],
-  tensors: readonly TensorEntry[],
-): Omit<PredictorRequest, 'memoryThresholds' | 'flashThresholds' | 'flashFrom'> {
-  const offsets = new Map(extents.map(({ name, offset }) => [name, offset]));
-  return {
-    path: output.partial(PREDICTOR_FILE),
-    input,
-    extents: extents.map(({ name, offset, bytes, crc32: sum }) => ({
-      ...{ name, file: 'predictor', offset, bytes },
-      crc32: Number.parseInt(sum, 16),
-    })),
-    tensors: tensors.map(({ name, extent, offset, bytes, encoding, rows, columns }) => ({
-      ...{ name, offset: (offsets.get(extent) as number) + offset, bytes, rows, columns },
-      encoding: encoding as NativeTensor['encoding'],
-    })),
-  };
 }

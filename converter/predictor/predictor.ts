@@ -25,7 +25,7 @@ import { type EncodedLayer, predictorBytes } from './encode.js';
 import { Judge, type Judgement, perplexityOf, windowNlls } from './judge.js';
 import { LayerFiles } from './layer-files.js';
 import { judgeLayer, type LayerWorkshop, PREDICTOR_ENCODINGS, takeLayer, trainLayer } from './layers.js';
-import { nativePredictor, writePredictorFile } from './predictor-file.js';
+import { writePredictorFile } from './predictor-file.js';
 import { SampleFile } from './samples.js';
 import { chooseThresholds } from './thresholds.js';
 
@@ -129,7 +129,7 @@ class Maker {
     const input = choice.source === 'trained' ? 'ffn_norm' : 'residual';
     const judge = new Judge({
       ...{ addon: this.#addon, model: this.#model, curves, windows: this.#windows, context: this.#context, exact },
-      predictor: nativePredictor(output, input, extents, tensors),
+      ...{ input, withPredictor: this.#modelWith(extents, tensors) },
       onWindow: () => this.#progress(`calibrating thresholds, ${judge.judgements.length} settings measured`),
     });
     const points = await chooseThresholds(judge, choice.budget);
@@ -153,6 +153,17 @@ class Maker {
         .sort((a, b) => a.kept_share - b.kept_share || a.computed_share - b.computed_share),
     };
     return { entry, extents, tensors, bytes };
+  }
+
+  /** The model with more extents and tensors than its manifest knows of yet. */
+  #modelWith(extents: readonly Extent[], tensors: readonly TensorEntry[]): ModelDirectory {
+    const { path, manifest, tokenizerPaths } = this.#model;
+    const grown = {
+      ...manifest,
+      extents: [...manifest.extents, ...extents],
+      tensors: [...manifest.tensors, ...tensors],
+    };
+    return new ModelDirectory(path, grown, tokenizerPaths);
   }
 
   /** Trains every layer that is not there yet, or takes it from the checkpoint, and judges it on held-out samples. */
@@ -302,6 +313,5 @@ function measurementOf({ setting, ...judgement }: Judgement): PredictorEntry['cu
 }
 
 function pointOf(judgement: Judgement, judge: Judge): OperatingPoint {
-  const { memoryThresholds, flashThresholds } = judge.thresholds(judgement.setting);
-  return { ...measurementOf(judgement), memory_thresholds: memoryThresholds, flash_thresholds: flashThresholds };
+  return { ...measurementOf(judgement), ...judge.thresholds(judgement.setting) };
 }

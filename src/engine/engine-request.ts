@@ -94,8 +94,8 @@ export function streamRequest(
 /** The model's predictor, with the thresholds of one of its operating points. */
 export function predictorRequest(
   model: ModelDirectory,
-  { input }: PredictorEntry,
-  { memory_thresholds, flash_thresholds }: OperatingPoint,
+  { input }: Pick<PredictorEntry, 'input'>,
+  { memory_thresholds, flash_thresholds }: Pick<OperatingPoint, 'memory_thresholds' | 'flash_thresholds'>,
 ): PredictorRequest {
   const isPredictor = ({ file }: Extent) => file === PREDICTOR_FILE;
   return {
