@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import t from 'tap';
 import { loadAddon } from '../src/engine/addon.js';
-import type { EngineMemory, EngineRequest, NativeAddon } from '../src/engine/contract.js';
+import type { EngineMemory, EngineRequest, NativeAddon, StreamCounters } from '../src/engine/contract.js';
 import { Engine, type EngineOptions } from '../src/engine/engine.js';
 import { type Manifest, type OperatingPoint, PREDICTOR_FILE, type PredictorEntry } from '../src/format/manifest.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
@@ -271,4 +271,55 @@ t.test('the commands: run predicts what it generates, eval and perplexity predic
   const profiled = await runCli('profile', '-m', model.path, '-f', text, '-o', output);
   t.match(profiled, { status: 0 });
   t.notMatch(profiled.stderr, /neurons are predicted/, 'profiles count exactly');
+});
+
+/** Greedy logits of a few tokens, one at a time. */
+async function decode(engine: Engine): Promise<Float32Array> {
+  const rows = new Float32Array(12 * engine.vocabSize);
+  for (let position = 0; position < 12; position++) {
+    const row = rows.subarray(position * engine.vocabSize, (position + 1) * engine.vocabSize);
+    await engine.step(Int32Array.of((position * 41 + 7) % engine.vocabSize), position, row);
+  }
+  return rows;
+}
+
+t.test('steps that are taken away change what it costs, never what is computed', async (t) => {
+  const model = await modelWith('ablated', [0, 0.5]);
+  const { engine: whole } = await open(model, { loadMode: 'resident', exact: true });
+  const expected = Buffer.from((await decode(whole)).buffer);
+  const memory = { kind: 'bytes', bytes: 1e12 } as const;
+  const run = async (options: Partial<EngineOptions>) => {
+    const opened = await open(model, { loadMode: 'direct', memory, ...options });
+    const same = Buffer.from((await decode(opened.engine)).buffer).equals(expected);
+    t.ok(same, `${JSON.stringify(options)}: the same bits`);
+    const { stream, predictor } = opened.engine.counters();
+    return { ...opened, stream: stream as StreamCounters, predictor };
+  };
+  const all = await run({});
+  t.ok(all.stream.hotHits > 0 && all.request.stream?.policy === 'frequency');
+  const cache = await run({ ablate: ['cache'] });
+  t.equal(cache.stream.hotHits + cache.stream.coldHits, 0, 'nothing stays');
+  t.ok(cache.stream.misses > 0);
+  const hot = await run({ ablate: ['hot'] });
+  t.equal(hot.stream.hotHits, 0, 'all places change hands');
+  t.ok(hot.stream.coldHits > 0);
+  const once = await run({ ablate: ['cache', 'two-phase'] });
+  t.equal(once.stream.sparedBytes, 0, 'rows come with their gates');
+  const apart = await run({ ablate: ['cache', 'bundles', 'prefetch'] });
+  const together = await run({ ablate: ['cache', 'prefetch'] });
+  t.ok(apart.stream.reads > together.stream.reads, 'a read each');
+  t.equal(together.stream.prefetched, 0);
+  await run({ ablate: ['cache', 'pipeline'] });
+  t.equal((await run({ ablate: ['predictor'] })).predictor, undefined);
+  const { stream, request } = await run({ engine: 'llmflash' });
+  t.match(request.stream, { policy: 'recency', twoPhase: false, pipeline: false, bundles: true, prefetchBytes: 0 });
+  t.equal(request.stream?.firingRates, undefined);
+  t.ok(stream.hotHits === 0 && stream.misses > 0);
+
+  const cli = (...args: string[]) =>
+    runCli('run', '-m', model.path, '--tokens', '1,5', '-n', '2', '--ignore-eos', ...args);
+  const report = jsonLines((await cli('--ablate', 'cache,two-phase', '--load-mode', 'direct', '--json')).stdout).at(-1);
+  t.match(report, { engine: 'pi2', ablated: ['cache', 'two-phase'], cold_hit_share: 0, miss_share: 1 });
+  const wrong = await cli('--ablate', 'cache,pipline');
+  t.match(wrong, { status: 2, stderr: /Expected one of bundles, .*did you mean pipeline\?/s });
 });

@@ -405,6 +405,8 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     gatesResidentShare: 0.5,
     regions: { gatesBytes: 1000, hotBytes: 0, coldBytes: 2048, rowsShare: 0.25 },
     operatingPoint: null,
+    name: 'pi2',
+    ablated: [],
     batchSize: 16,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };

@@ -108,15 +108,21 @@ export class Engine implements StepEngine {
   readonly operatingPoint: OperatingPoint | null;
   /** Why the model's predictor is not used, though nobody asked for exact mode; else null. */
   readonly notice: string | null;
+  /** What computes, and the steps of streaming that were taken away. */
+  readonly name: EngineName;
+  readonly ablated: readonly Ablation[];
   readonly #native: NativeEngine;
 
   private constructor(
     native: NativeEngine,
     { request, budgetBytes, operatingPoint, notice }: PlannedRequest,
+    { engine = 'pi2', ablate = [] }: EngineOptions,
     cpuFeatures: readonly string[],
     loadMs: number,
   ) {
     this.#native = native;
+    this.name = engine;
+    this.ablated = ablate;
     this.budgetBytes = budgetBytes;
     this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
@@ -152,7 +158,7 @@ export class Engine implements StepEngine {
     try {
       const planned = await planRequest(model, request, options, addon);
       const native = await addon.openEngine(planned.request);
-      return new Engine(native, planned, cpu.features, performance.now() - start);
+      return new Engine(native, planned, options, cpu.features, performance.now() - start);
     } catch (error) {
       throw nativeError(error, `open ${model.path}`);
     }

@@ -1,8 +1,9 @@
 import os from 'node:os';
 import { formatBytes } from '../base/bytes.js';
 import { peakMemoryBytes } from '../base/memory.js';
+import type { Ablation } from '../engine/ablation.js';
 import type { EngineCounters } from '../engine/contract.js';
-import type { Engine } from '../engine/engine.js';
+import type { Engine, EngineName } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
 import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
@@ -38,6 +39,9 @@ export interface RunReport extends StreamReport, PredictorReport {
   load_mode: string;
   /** The same with the means: `resident`, or for example `direct, io_uring`. */
   storage: string;
+  /** `pi2` or a baseline, and the steps of streaming that were taken away. */
+  engine: EngineName;
+  ablated: readonly Ablation[];
   /** Memory that the whole process was to stay within, and the most it had. */
   memory_budget_bytes: number;
   peak_memory_bytes: number;
@@ -81,6 +85,8 @@ export interface RunFacts {
     | 'gatesResidentShare'
     | 'regions'
     | 'operatingPoint'
+    | 'name'
+    | 'ablated'
     | 'batchSize'
   >;
   timings: GenerationTimings;
@@ -119,6 +125,8 @@ export function runReport(facts: RunFacts): RunReport {
     token_latency_ms_p99: latency.p99,
     load_mode: engine.storage.split(',')[0],
     storage: engine.storage,
+    engine: engine.name,
+    ablated: engine.ablated,
     memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
     gates_resident_share: engine.gatesResidentShare,
@@ -171,6 +179,7 @@ export function formatRunReport(report: RunReport): string {
       'peak memory',
       `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
     ],
+    ...(report.ablated.length > 0 ? [['taken away', report.ablated.join(', ')] as [string, string]] : []),
     ['load mode', describeLoad(report)],
     ...regionLines(report),
     ...streamLines(report),
