@@ -9,13 +9,14 @@ import { generateCheckpoint } from './generate.js';
 import type { Shape } from './shapes.js';
 import { addSparsePredictor, profileRandomTokens } from './sparse-model.js';
 
-const ROOT = packageRoot();
-const CACHE = join(ROOT, 'bench', 'cache');
-const DEMO = join(ROOT, 'demo', 'stories-drelu');
+/** Where the program is. */
+export const PACKAGE_ROOT = packageRoot();
+const CACHE = join(PACKAGE_ROOT, 'bench', 'cache');
+const DEMO = join(PACKAGE_ROOT, 'demo', 'stories-drelu');
 const SEED = 1;
 
 /** Where `--save` puts results. */
-export const RESULTS = join(ROOT, 'bench', 'results');
+export const RESULTS = join(PACKAGE_ROOT, 'bench', 'results');
 
 /** What the `convert` command said about a conversion. */
 export interface Conversion {
@@ -91,7 +92,7 @@ async function runConvert(
   quantization: QuantizationName,
   ...options: string[]
 ): Promise<Conversion> {
-  const program = join(ROOT, 'bin', 'powerinfer2.js');
+  const program = join(PACKAGE_ROOT, 'bin', 'powerinfer2.js');
   const args = [program, 'convert', checkpoint, '-o', output, '--quant', quantization, '--force', '--json', ...options];
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] });
   let text = '';

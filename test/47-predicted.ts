@@ -182,8 +182,8 @@ t.test('streamed: what is left out on flash depends on what is in memory, never 
 
 /** What decides which neurons are in memory: rounds are as long as staging is large. */
 function shapeOf({ stream }: Partial<EngineRequest>) {
-  const { hotNeurons, coldSlots, stagingBytes, twoPhase, bundles, pipeline } = stream as StreamRequest;
-  return { hotNeurons, coldSlots, stagingBytes, twoPhase, bundles, pipeline };
+  const { hotNeurons, coldSlots, stagingBytes, bundles, pipeline } = stream as StreamRequest;
+  return { hotNeurons, coldSlots, stagingBytes, bundles, pipeline };
 }
 
 t.test('streamed: a read that fails or ends early in either phase: words, and the next step is right', async (t) => {

@@ -384,6 +384,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
       rowStallNs: 3e6 * tokens,
       prefetched: 0,
       prefetchUsed: 0,
+      twoPhases: true,
       storage: 'direct, io_uring',
     },
     predictor: {

@@ -187,6 +187,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
       set_in(stream, "rowStallNs", s.row_stall_ns);
       set_in(stream, "prefetched", s.prefetched);
       set_in(stream, "prefetchUsed", s.prefetch_used);
+      stream.Set("twoPhases", Napi::Boolean::New(env, streamed->two_phases()));
       stream.Set("storage", Napi::String::New(env, streamed->storage()));
       object.Set("stream", stream);
     }
@@ -284,7 +285,7 @@ void read_stream(Fields& request, StreamConfig* stream) {
   stream->policy = policy == "recency" ? CachePolicy::kRecency : CachePolicy::kFrequency;
   stream->prefetch_bytes = fields.size_or("prefetchBytes", 0);
   if (stream->prefetch_bytes > size_t{1} << 30) fields.fail("prefetchBytes is absurd");
-  stream->two_phase = flag("twoPhase", true);
+  if (fields.has("twoPhase")) stream->two_phase = fields.boolean("twoPhase");
   stream->bundles = flag("bundles", true);
   stream->pipeline = flag("pipeline", true);
   if (fields.has("checksumOffsets")) {

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,8 +45,11 @@ struct StreamConfig {
   size_t lanes = 0;
   /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are; empty: reads are not compared. */
   std::vector<size_t> checksum_offsets;
-  /** Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). */
-  bool two_phase = true;
+  /**
+   * Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). By default what
+   * a few reads at open show to be faster.
+   */
+  std::optional<bool> two_phase;
   CachePolicy policy = CachePolicy::kFrequency;
   /** Memory for reads that are guessed before attention, for the FFN behind it; 0: none are. */
   size_t prefetch_bytes = 0;

@@ -33,9 +33,7 @@ inline size_t slot_bytes(const EngineConfig& config) {
 }
 
 /** Whether parts 1 and 2 of a bundle lie on pages of their own, so that one can be read without the other. */
-inline bool has_two_phases(const EngineConfig& config) {
-  return config.stream.two_phase && config.layout.part2_offset % kPageBytes == 0;
-}
+inline bool has_split_parts(const EngineConfig& config) { return config.layout.part2_offset % kPageBytes == 0; }
 
 /**
  * Most bytes of staging that one chunk can need: all units that it touches, some of them twice where a read ends between two
@@ -46,9 +44,18 @@ inline size_t chunk_flash_bytes(const EngineConfig& config) {
   const size_t units = kNeuronChunk / config.layout.neurons_per_unit + 2;
   const size_t merged = (units + units * unit / kMostReadBytes + 1) * unit;
   // Pages between two parts 1 are parts 2: a phase that reads them along may ask for as much as both.
-  const size_t phases = has_two_phases(config) ? 2 : 1;
+  const size_t phases = has_split_parts(config) ? 2 : 1;
   const size_t row = page_up(config.layout.part2_bytes) + kPageBytes;
   return phases * merged + (config.stream.bundles ? 0 : kNeuronChunk * config.layout.matrices * row);
+}
+
+/**
+ * Most bytes of staging that one missing neuron can need: both parts on pages of their own, and gaps before them. Rounds are
+ * cut by it, not by what is really read: what was read ahead, or in one phase instead of two, must not change which neurons
+ * share a round, since that decides which of them get a slot.
+ */
+inline size_t entry_flash_bytes(const EngineConfig& config) {
+  return page_up(config.layout.part1_bytes) + page_up(config.layout.part2_bytes) + 2 * (kPageBytes + kGapBytes);
 }
 
 /** Most reads of one chunk, both phases. */

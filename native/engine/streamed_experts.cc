@@ -1,5 +1,7 @@
 #include "native/engine/streamed_experts.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -7,6 +9,12 @@
 #include "native/engine/stream_sizes.h"
 
 namespace pi2 {
+namespace {
+
+/** Of the neurons that a predictor has fetched, those that fire: about half, whose up row is above zero too. */
+constexpr double kFiringShare = 0.5;
+
+}  // namespace
 
 void StreamCounters::add(const StreamCounters& other) {
   hot_hits += other.hot_hits;
@@ -39,6 +47,9 @@ Status StreamedExperts::open(const EngineConfig& config, const Weights& weights,
   if (status.is_ok()) {
     status = open_reader(config.neurons_path, config.stream.mode, config.stream.backend, config.stream.lanes,
                          config.stream.trial, &experts->reader_);
+  }
+  if (status.is_ok() && has_split_parts(config)) {
+    experts->two_phases_ = config.stream.two_phase.has_value() ? *config.stream.two_phase : experts->are_two_phases_faster();
   }
   if (status.is_ok()) *result = std::move(experts);
   return status;
@@ -126,7 +137,6 @@ Status StreamedExperts::allocate() {
   const EngineConfig& config = *config_;
   row_bytes_ = row_bytes(config.ffn_encoding, config.hidden_size);
   weight_bytes_ = pi2::weight_bytes(config.ffn_encoding, config.hidden_size);
-  two_phases_ = has_two_phases(config);
   Status status = cache_.allocate(config.stream.banks, config.neuron_count, config.layout.part1_bytes, slot_bytes(config),
                                   config.stream.firing_rates, config.stream.policy);
   if (status.is_ok())
@@ -155,6 +165,44 @@ Status StreamedExperts::load() {
     uint8_t* const without_gate[3] = {nullptr, rows, rows + row_bytes_};
     unpack_bundle(*config_, part1, part2, keeps_gates(*config_) ? whole : without_gate);
   });
+}
+
+/**
+ * Reads parts 1 and whole bundles of neurons all over the file. A gate and then the rows of those that fire, or all at once:
+ * UFS likes the former, a disk whose price is by request the latter. Where it is not known it is taken to be the paper's.
+ */
+bool StreamedExperts::are_two_phases_faster() {
+  constexpr size_t kTrials = 64;
+  constexpr size_t kRounds = 3;
+  const BundleLayout& layout = config_->layout;
+  const size_t neurons = config_->expert_offsets.size() * config_->neuron_count;
+  const size_t most = half_bytes(*config_) / (layout.unit_bytes + kPageBytes);
+  const size_t trials = std::min({kTrials, half_requests_, most, neurons});
+  if (config_->stream.trial.enabled() || trials < 8) return true;
+  uint64_t random = 0x9e3779b97f4a7c15ull;
+  const auto read = [&](bool whole) {
+    double best = 0;
+    for (size_t round = 0; round < kRounds; round++) {
+      ReadList list{requests_.get(), 0, staging_.data(), 0};
+      for (size_t i = 0; i < trials; i++) {
+        random = random * 6364136223846793005ull + 1442695040888963407ull;
+        const size_t neuron = (random >> 20) % neurons;
+        const size_t begin =
+            config_->expert_offsets[neuron / config_->neuron_count] + layout.part1_at(neuron % config_->neuron_count);
+        const size_t part2 =
+            config_->expert_offsets[neuron / config_->neuron_count] + layout.part2_at(neuron % config_->neuron_count);
+        add_range(begin, whole ? part2 + layout.part2_bytes : begin + layout.part1_bytes, &list, list.count);
+      }
+      const auto start = std::chrono::steady_clock::now();
+      reader_->submit(list.reads, list.count);
+      // A read that fails now fails again when it is needed.
+      for (size_t i = 0; i < list.count; i++) static_cast<void>(reader_->wait(list.reads[i]));
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      if (round == 0 || seconds.count() < best) best = seconds.count();
+    }
+    return best;
+  };
+  return (1 + kFiringShare) * read(false) < read(true);
 }
 
 Status StreamedExperts::run(const ExpertJob& job) {

@@ -75,6 +75,8 @@ class StreamedExperts : public Experts {
   void prefetch(const ExpertJob& job);
 
   const StreamCounters& stream_counters() const { return stream_counters_; }
+  /** Whether gates are read before rows. */
+  bool two_phases() const { return two_phases_; }
   std::string storage() const { return reader_->description(); }
   size_t weight_bytes() const { return cache_.bytes(); }
   size_t scratch_bytes() const {
@@ -106,6 +108,8 @@ class StreamedExperts : public Experts {
     ReadList first_phase;
     size_t later_count = 0;
     size_t later_bytes = 0;
+    size_t planned_bytes = 0;  // that its missing entries can need, and reads
+    size_t planned_reads = 0;
   };
   /** On cache lines of its own, so that threads do not share one. */
   struct alignas(64) ThreadCounters {
@@ -123,6 +127,7 @@ class StreamedExperts : public Experts {
       : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor) {}
   Status allocate();
   Status load();
+  bool are_two_phases_faster();
   Status find_checksums(const Weights& weights);
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 

@@ -13,10 +13,21 @@ bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) 
   round->first_chunk = first_chunk;
   size_t chunk = first_chunk;
   for (; chunk < chunks(); chunk++) {
-    const bool fits = list.staged_bytes + round->later_bytes + chunk_flash_bytes(*config_) <= half &&
-                      list.count + round->later_count + chunk_reads(*config_) <= half_requests_;
+    const bool is_predicted = kinds_[chunk] == ChunkKind::kPredicted;
+    size_t bytes = chunk_flash_bytes(*config_);
+    size_t reads = chunk_reads(*config_);
+    if (is_predicted) {
+      size_t missing = 0;
+      for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) missing += state_[entry] == kMissing;
+      bytes = std::min(bytes, missing * entry_flash_bytes(*config_));
+      reads = 3 * missing;
+    }
+    const bool fits = round->planned_bytes + bytes <= half && round->planned_reads + reads <= half_requests_;
     if (!fits && chunk > first_chunk) break;
     plan_chunk(bank, chunk, round);
+    // What other kinds need is the same whenever they are planned: it may count as it is.
+    round->planned_bytes = is_predicted ? round->planned_bytes + bytes : list.staged_bytes;
+    round->planned_reads = is_predicted ? round->planned_reads + reads : list.count;
   }
   round->end_chunk = chunk;
   if (list.count > 0) reader_->submit(list.reads, list.count);

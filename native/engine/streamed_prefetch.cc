@@ -15,6 +15,9 @@ namespace {
 
 /** Of the neurons read ahead at least this share must be wanted, else less is read ahead. */
 constexpr double kLeastUsed = 0.6;
+/** Of a group of which fewer than one in so many is on flash no scores are computed: the few that are there are hardly used.
+ */
+constexpr size_t kFewOnFlash = 16;
 /** How fast the amount follows: it grows slowly and shrinks fast. */
 constexpr double kGrowth = 1.05;
 constexpr double kDecline = 0.7;
@@ -31,10 +34,13 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   // Candidates of a chunk take the places of its entries: there are none between two jobs.
   predictor_->begin(job);
   pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-    const float* scores = predictor_->score(job, group, thread);
     const size_t end = std::min((group + 1) * kGroup, config_->neuron_count);
     uint32_t* counts = open_count_ + group * kChunksPerGroup;
     for (size_t chunk = 0; chunk < kChunksPerGroup && group * kChunksPerGroup + chunk < chunks(); chunk++) counts[chunk] = 0;
+    size_t on_flash = 0;
+    for (size_t neuron = group * kGroup; neuron < end; neuron++) on_flash += cache_.rows(bank, neuron) == nullptr;
+    if (on_flash * kFewOnFlash < end - group * kGroup) return;
+    const float* scores = predictor_->score(job, group, thread);
     for (size_t neuron = group * kGroup; neuron < end; neuron++) {
       float best = scores[neuron % kGroup];
       for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);

@@ -4,7 +4,7 @@ import type { StreamRequest } from './contract.js';
 
 /**
  *   bundles    gate, up and down row of a neuron are one read; without: a read each, as from three matrices
- *   two-phase  rows are read only if the gate, read before them, fires; without: gate and rows together
+ *   two-phase  rows are read only if the gate, read before them, fires, on flash that likes it; without: gate and rows together
  *   cache      neurons stay in memory; without: each one is read whenever it is needed
  *   hot        the neurons that fire most stay for good; without: all places change hands
  *   pipeline   computing goes on while reads are on their way; without: one stage waits for the other
@@ -34,5 +34,5 @@ export function ablateShape(shape: StreamShape, ablated: readonly Ablation[]): S
 /** The switches of a stream without some steps. */
 export function ablateStream(ablated: readonly Ablation[]): Pick<StreamRequest, 'bundles' | 'twoPhase' | 'pipeline'> {
   const has = (step: Ablation) => !ablated.includes(step);
-  return { bundles: has('bundles'), twoPhase: has('two-phase'), pipeline: has('pipeline') };
+  return { bundles: has('bundles'), pipeline: has('pipeline'), ...(has('two-phase') ? {} : { twoPhase: false }) };
 }

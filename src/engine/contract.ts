@@ -120,7 +120,10 @@ export interface StreamRequest {
   checksumOffsets?: number[];
   /** With a predictor: memory for neurons that are guessed and read while attention computes. Default: 0, none are. */
   prefetchBytes?: number;
-  /** Whether the gate of a missing neuron is read first, and its rows only if it fires. Default: yes. */
+  /**
+   * Whether the gate of a missing neuron is read first, and its rows only if it fires. Default: what some reads at open show to
+   * be faster.
+   */
   twoPhase?: boolean;
   /** Which neurons slots keep: those that fire often, or (a baseline) those that fired last. Default: `frequency`. */
   policy?: 'frequency' | 'recency';
@@ -211,6 +214,8 @@ export interface StreamCounters {
   /** Neurons whose reads began before attention, and those of them that were wanted. */
   prefetched: number;
   prefetchUsed: number;
+  /** Whether gates are read before rows. */
+  twoPhases: boolean;
   /** How bytes are really read, e.g. `direct, 4 threads`. */
   storage: string;
 }

@@ -7,6 +7,8 @@ import { formatShare } from './format.js';
  * What streaming cost while decoding: the prompt is not in it. All null when every neuron is in memory, or nothing was decoded.
  */
 export interface StreamReport {
+  /** Whether gates of missing neurons are read before their rows, or all at once. */
+  two_phases: boolean | null;
   /** Of the neurons that were needed: found in the hot region, in the cold region, or read from flash. */
   hot_hit_share: number | null;
   cold_hit_share: number | null;
@@ -40,13 +42,14 @@ export function streamReport(
   const { stream: start } = before;
   const { stream: end } = after;
   if (start === undefined || end === undefined || tokens <= 0) return NOTHING_STREAMED;
-  const since = (name: Exclude<keyof StreamCounters, 'storage'>) => end[name] - start[name];
+  const since = (name: Exclude<keyof StreamCounters, 'storage' | 'twoPhases'>) => end[name] - start[name];
   const needed = since('hotHits') + since('coldHits') + since('misses');
   const share = (count: number) => (needed > 0 ? count / needed : null);
   const gateStallMs = since('gateStallNs') / 1e6;
   const rowStallMs = since('rowStallNs') / 1e6;
   const stallMs = gateStallMs + rowStallMs;
   return {
+    two_phases: end.twoPhases,
     hot_hit_share: share(since('hotHits')),
     cold_hit_share: share(since('coldHits')),
     miss_share: share(since('misses')),
@@ -65,6 +68,7 @@ export function streamReport(
 }
 
 const NOTHING_STREAMED: StreamReport = {
+  two_phases: null,
   hot_hit_share: null,
   cold_hit_share: null,
   miss_share: null,
