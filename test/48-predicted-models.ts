@@ -253,6 +253,10 @@ t.test('the commands: run predicts what it generates, eval and perplexity predic
   t.ok(Math.abs(predicted.report.perplexity_ratio - 1.005) < 1e-9);
   t.ok(predicted.report.neurons_computed_share > 0.2 && predicted.report.neurons_computed_share < 0.8);
   t.ok(predicted.report.predictor_ms_per_token > 0);
+  const measured = await run('--measure-recall');
+  t.ok(measured.report.recall_share > 0.2 && measured.report.recall_share < 0.8);
+  t.ok(measured.report.recall_magnitude_share > 0.2 && measured.report.recall_magnitude_share < 0.8);
+  t.ok(measured.report.page_cache_bytes > 0);
   const exact = await run('--exact');
   t.notMatch(exact.stderr, /predict/);
   t.match(exact.report, { kept_share: null, neurons_computed_per_token: null });

@@ -411,7 +411,14 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     batchSize: 16,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
-  const facts = { manifest: model.manifest, engine, timings, stopReason: 'length', seed: 7 } as const;
+  const facts = {
+    manifest: model.manifest,
+    engine,
+    timings,
+    stopReason: 'length',
+    seed: 7,
+    pageCacheBytes: 4096,
+  } as const;
   const report = runReport({ ...facts, countersAfterPrompt: counters(20, 500), counters: counters(22, 900) });
   t.match(report, {
     type: 'report',
@@ -432,6 +439,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     gates_resident_share: 0.5,
     rows_resident_share: 0.25,
     cold_bytes: 2048,
+    page_cache_bytes: 4096,
     batch_size: 16,
     kept_share: null,
     neurons_computed_share: null,

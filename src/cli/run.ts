@@ -4,7 +4,9 @@ import { formatBytes } from '../base/bytes.js';
 import { EXIT, Pi2Error } from '../base/error.js';
 import { chooseContext, type Engine } from '../engine/engine.js';
 import { Generation, requirePrompt } from '../engine/generate.js';
+import { modelPageCacheBytes } from '../engine/page-cache.js';
 import { seededRandom } from '../engine/random.js';
+import { RecallMeter, requirePredicting } from '../engine/recall.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { formatMs } from '../report/format.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
@@ -35,6 +37,7 @@ interface RunFlags extends EngineFlags, SamplingFlags {
   tokens?: number[];
   predict: number;
   ignoreEos?: boolean;
+  measureRecall?: boolean;
   json?: boolean;
   report: boolean;
 }
@@ -53,6 +56,7 @@ export function runCommand(): Command {
   addEngineChoice(command);
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
+    .option('--measure-recall', 'compute each token exactly too, and report what the predictor misses (slow)')
     .option('--json', 'one JSON object a line on stdout: tokens, then the report')
     .option('--no-report', 'leave the report out');
   command.addHelpText(
@@ -71,6 +75,8 @@ Examples:
 }
 
 async function run(flags: RunFlags): Promise<void> {
+  const options = engineOptions(flags);
+  if (flags.measureRecall) requirePredicting(options);
   const text = await promptText(flags);
   const model = await openModelDirectory(flags.model);
   const tokenizer = await openTokenizer(model, text === null);
@@ -78,11 +84,12 @@ async function run(flags: RunFlags): Promise<void> {
   const { vocab_size, eos_token_ids } = model.manifest.hyperparameters;
   requirePrompt(prompt, { contextLength: chooseContext(model, flags.ctxSize), vocabSize: vocab_size });
   await withInterrupt(async (signal) => {
-    const engine = await openEngine(model, engineOptions(flags));
+    const engine = await openEngine(model, options);
     try {
       logOpened(model, engine, flags.ctxSize);
       const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
-      const generation = new Generation(engine, {
+      const meter = flags.measureRecall ? new RecallMeter(engine, model.manifest.hyperparameters) : null;
+      const generation = new Generation(meter ?? engine, {
         prompt,
         maxTokens: flags.predict,
         sampling: samplingOptions(flags),
@@ -90,12 +97,21 @@ async function run(flags: RunFlags): Promise<void> {
         endTokens: flags.ignoreEos ? [] : eos_token_ids,
         signal,
       });
-      await stream(flags, model, engine, generation, { text, tokenizer, seed });
+      await stream(flags, model, engine, generation, { text, tokenizer, seed, meter });
     } finally {
       await engine.close();
     }
     if (signal.aborted) throw new ExitWith(EXIT.interrupted);
   });
+}
+
+interface StreamContext {
+  /** Null when the prompt was given as tokens. */
+  text: string | null;
+  tokenizer: TextTokenizer | null;
+  seed: number;
+  /** Null unless recall is measured. */
+  meter: RecallMeter | null;
 }
 
 /** Prints tokens as they come, then the report. */
@@ -104,7 +120,7 @@ async function stream(
   model: ModelDirectory,
   engine: Engine,
   generation: Generation,
-  { text, tokenizer, seed }: { text: string | null; tokenizer: TextTokenizer | null; seed: number },
+  { text, tokenizer, seed, meter }: StreamContext,
 ): Promise<void> {
   const printer = flags.json ? new JsonPrinter() : new TextPrinter();
   const decoder = new TokenStream(tokenizer ?? { bytes: () => new Uint8Array(0) });
@@ -122,8 +138,9 @@ async function stream(
   if (!flags.report) return;
   const { timings, stopReason } = generation;
   const counters = engine.counters();
+  const pageCacheBytes = await modelPageCacheBytes(model);
   const facts = { manifest: model.manifest, engine, timings, stopReason, seed, countersAfterPrompt, counters };
-  const report = runReport(facts);
+  const report = runReport({ ...facts, pageCacheBytes, ...(meter ? { recall: meter.recall() } : {}) });
   if (flags.json) await writeJson(report);
   else log(`\n${formatRunReport(report).trimEnd()}`);
 }

@@ -402,6 +402,11 @@ export interface NativeAddon {
   scorePredictor(
     request: PredictorNumbers & { inputs: Float32Array; scores: Float32Array; threads: number },
   ): Promise<void>;
+  /**
+   * Bytes of a file that are in the kernel's page cache, in whole pages; asking brings none in. Null where the kernel does not
+   * tell: it does for files that the process owns or may write. A missing file is `NATIVE_IO`.
+   */
+  pageCacheBytes(path: string): Promise<number | null>;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
 }

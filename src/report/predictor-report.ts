@@ -1,4 +1,5 @@
 import type { EngineCounters } from '../engine/contract.js';
+import type { Recall } from '../engine/recall.js';
 import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
 import { formatShare } from './format.js';
 
@@ -15,11 +16,14 @@ export interface PredictorReport {
   /** Time of the predictor, summed over threads, and its share of their time. */
   predictor_ms_per_token: number | null;
   predictor_share: number | null;
+  /** With `--measure-recall`: of the neurons that fire in exact mode, those computed, by number and by |contribution|. */
+  recall_share: number | null;
+  recall_magnitude_share: number | null;
 }
 
 /**
  * The difference between two states of the counters. `decodeMs` is the time between them, `threads` how many compute; `point`
- * the setting in use, null in exact mode.
+ * the setting in use, null in exact mode; `recall` is there if it was measured.
  */
 export function predictorReport(
   before: EngineCounters,
@@ -28,6 +32,7 @@ export function predictorReport(
   threads: number,
   predictor: PredictorEntry | undefined,
   point: OperatingPoint | null,
+  recall?: Recall,
 ): PredictorReport {
   if (point === null || predictor === undefined) return NOTHING_PREDICTED;
   const tokens = after.tokens - before.tokens;
@@ -43,6 +48,8 @@ export function predictorReport(
     neurons_computed_share: since('scored') > 0 ? since('chosen') / since('scored') : null,
     predictor_ms_per_token: perToken(predictorMs),
     predictor_share: decodeMs > 0 ? predictorMs / (threads * decodeMs) : null,
+    recall_share: recall?.recallShare ?? null,
+    recall_magnitude_share: recall?.recallMagnitudeShare ?? null,
   };
 }
 
@@ -54,6 +61,8 @@ const NOTHING_PREDICTED: PredictorReport = {
   neurons_computed_share: null,
   predictor_ms_per_token: null,
   predictor_share: null,
+  recall_share: null,
+  recall_magnitude_share: null,
 };
 
 /** Lines for people; none when nothing was predicted. */
@@ -69,5 +78,13 @@ export function predictorLines(report: PredictorReport): [string, string][] {
         `perplexity x${(report.perplexity_ratio as number).toFixed(4)} as measured`,
     ],
     ['predictor', `${time} ms a token, ${share} of thread time`],
+    ...recallLines(report),
   ];
+}
+
+function recallLines({ recall_share: share, recall_magnitude_share: magnitude }: PredictorReport): [string, string][] {
+  if (share === null) return [];
+  const weighted = magnitude === null ? '' : `, ${formatShare(magnitude)} of their magnitude`;
+  const twice = 'each token was computed twice: speeds and counts of this run mean nothing';
+  return [['recall', `${formatShare(share)} of the neurons that fire${weighted}; ${twice}`]];
 }

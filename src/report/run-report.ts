@@ -5,6 +5,7 @@ import type { Ablation } from '../engine/ablation.js';
 import type { EngineCounters } from '../engine/contract.js';
 import type { Engine, EngineName } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
+import type { Recall } from '../engine/recall.js';
 import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
 import { formatMs, formatShare, formatTable } from './format.js';
@@ -45,6 +46,8 @@ export interface RunReport extends StreamReport, PredictorReport {
   /** Memory that the whole process was to stay within, and the most it had. */
   memory_budget_bytes: number;
   peak_memory_bytes: number;
+  /** Of the model's files, what is in the kernel's page cache at the end, part of no budget. Null where the kernel does not tell. */
+  page_cache_bytes: number | null;
   /** Of all gates, those in memory; of all neurons, those whose up and down rows have a place. Null with `mmap`: only the kernel knows. */
   gates_resident_share: number | null;
   rows_resident_share: number | null;
@@ -92,6 +95,9 @@ export interface RunFacts {
   timings: GenerationTimings;
   stopReason: StopReason;
   seed: number;
+  pageCacheBytes: number | null;
+  /** Absent when it was not measured. */
+  recall?: Recall;
   /** Counters after the prompt and at the end. */
   countersAfterPrompt: EngineCounters;
   counters: EngineCounters;
@@ -129,6 +135,7 @@ export function runReport(facts: RunFacts): RunReport {
     ablated: engine.ablated,
     memory_budget_bytes: engine.budgetBytes,
     peak_memory_bytes: peakMemoryBytes(),
+    page_cache_bytes: facts.pageCacheBytes,
     gates_resident_share: engine.gatesResidentShare,
     rows_resident_share: engine.gatesResidentShare === null ? null : (engine.regions?.rowsShare ?? 1),
     gates_bytes: engine.regions?.gatesBytes ?? null,
@@ -150,6 +157,7 @@ export function runReport(facts: RunFacts): RunReport {
       engine.threads,
       manifest.predictor,
       engine.operatingPoint,
+      facts.recall,
     ),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
@@ -177,7 +185,7 @@ export function formatRunReport(report: RunReport): string {
     ['load', formatMs(report.load_ms)],
     [
       'peak memory',
-      `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})`,
+      `${formatBytes(report.peak_memory_bytes)} of ${formatBytes(report.memory_budget_bytes)} (${memory})${describePageCache(report)}`,
     ],
     ...(report.ablated.length > 0 ? [['taken away', report.ablated.join(', ')] as [string, string]] : []),
     ['load mode', describeLoad(report)],
@@ -201,6 +209,10 @@ function regionLines(report: RunReport): [string, string][] {
   const gates = `gates ${formatBytes(gates_bytes)} (${formatShare(gates_resident_share ?? 0)})`;
   const rows = `hot ${formatBytes(hot_bytes)}, cold ${formatBytes(cold_bytes)} (${formatShare(rows_resident_share ?? 0)})`;
   return [['neurons kept', report.kept_share === null ? `${gates}, ${rows}` : rows]];
+}
+
+function describePageCache({ page_cache_bytes: bytes }: RunReport): string {
+  return bytes === null ? '' : `; page cache of the model ${formatBytes(bytes)}`;
 }
 
 function describeLoad({ storage, gates_resident_share: gates, major_faults_per_token: faults }: RunReport): string {

@@ -1,0 +1,9 @@
+#pragma once
+#include <napi.h>
+
+namespace pi2 {
+
+/** Calls about files: `pageCacheBytes`. */
+void export_storage_calls(Napi::Env env, Napi::Object exports);
+
+}  // namespace pi2
