@@ -223,7 +223,7 @@ class StreamedExperts : public Experts {
   float* batch_gates_ = nullptr;    // (neuron, batch): gates of several tokens
   float* ups_ = nullptr;            // (thread, batch, chunk)
   uint8_t* landing_ = nullptr;      // (thread, neuron of a chunk): up rows of neurons that get no slot
-  uint8_t* retained_ = nullptr;     // (entry): down rows of neurons that get no slot; (neuron), of all, for several tokens
+  uint8_t* retained_ = nullptr;     // (neuron): down rows of those that get no slot; for several tokens, of all that fire
   uint8_t* compact_ = nullptr;      // (thread, neuron of a chunk): rows one behind another
   Column* columns_ = nullptr;       // (thread, neuron of a part)
   uint32_t* summed_ = nullptr;      // (thread, neuron of a part): the same for several tokens

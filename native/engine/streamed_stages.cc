@@ -269,7 +269,7 @@ bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t thread) {
     if (!is_sound(bank, entry, 1)) return false;
     uint8_t* gate = nullptr;
     uint8_t* up = landing_ + (thread * kNeuronChunk + landed++) * row_bytes_;
-    uint8_t* down = retained_ + entry * row_bytes_;
+    uint8_t* down = retained_ + open_[entry] * row_bytes_;
     if (slot_[entry] != NeuronCache::kNoSlot) {
       uint8_t* slot = cache_.slot(bank, slot_[entry]);
       gate = gate_bytes > 0 ? slot : nullptr;

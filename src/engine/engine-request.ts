@@ -46,10 +46,7 @@ export function modelRequest(
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
-    extents: nativeExtents(
-      model,
-      ({ file, name }) => file !== PREDICTOR_FILE && !name.endsWith('.checksums'),
-    ),
+    extents: nativeExtents(model, ({ file, name }) => file !== PREDICTOR_FILE && !name.endsWith('.checksums')),
     ...(heat_order === 'identity' ? {} : { orderOffsets: orderOffsets(model) }),
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
