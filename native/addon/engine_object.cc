@@ -314,6 +314,12 @@ EngineConfig read_config(Fields& fields) {
     if (!(offset >= 0 && offset <= kLargest)) fields.fail("expertOffsets must be sizes");
     config.expert_offsets.push_back(static_cast<size_t>(offset));
   }
+  if (fields.has("orderOffsets")) {
+    for (const double offset : fields.numbers("orderOffsets")) {
+      if (!(offset >= 0 && offset <= kLargest)) fields.fail("orderOffsets must be sizes");
+      config.order_offsets.push_back(static_cast<size_t>(offset));
+    }
+  }
   const Status layout = read_layout(fields.value("layout"), &config.layout);
   if (!layout.is_ok()) fields.fail(layout.message());
   config.ffn_encoding = fields.encoding("ffnEncoding");

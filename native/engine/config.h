@@ -87,6 +87,8 @@ struct EngineConfig {
   std::vector<ExtentConfig> extents;
   std::vector<TensorConfig> tensors;
   std::vector<size_t> expert_offsets;  // (layer, expert)
+  /** (layer, expert): where in resident.bin its heat order is; empty: neurons are in the order of the checkpoint. */
+  std::vector<size_t> order_offsets;
   BundleLayout layout;
   Encoding ffn_encoding;
   size_t hidden_size;

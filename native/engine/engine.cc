@@ -100,6 +100,7 @@ Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
   engine->kernels_ = find_kernels(engine->config_.kernel_set);
   if (engine->kernels_ == nullptr) return Status::cpu("this CPU cannot run the " + engine->config_.kernel_set + " kernels");
   status = engine->weights_.load(engine->config_);
+  if (status.is_ok()) status = engine->order_.bind(engine->config_, engine->weights_.resident());
   if (status.is_ok() && engine->config_.predictor.enabled()) status = engine->predictor_.load(engine->config_);
   if (status.is_ok()) status = engine->allocate();
   if (status.is_ok()) *result = std::move(engine);
@@ -136,7 +137,7 @@ Status Engine::allocate() {
   Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
   if (config_.stream.enabled()) {
     std::unique_ptr<StreamedExperts> streamed;
-    status = StreamedExperts::open(config_, weights_, *kernels_, *pool_, predictor, &streamed);
+    status = StreamedExperts::open(config_, weights_, *kernels_, *pool_, predictor, order_, &streamed);
     if (!status.is_ok()) return status;
     streamed_ = streamed.get();
     experts_ = std::move(streamed);
@@ -144,7 +145,7 @@ Status Engine::allocate() {
     status = MappedExperts::open(config_, *kernels_, *pool_, pieces[10], &experts_);
     if (!status.is_ok()) return status;
   } else {
-    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, pieces[10]);
+    experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, order_, pieces[10]);
   }
   ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden), activations(12, hidden));
   return status;

@@ -17,6 +17,7 @@
 #include "native/engine/ffn.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/predictor.h"
+#include "native/engine/sum_order.h"
 #include "native/engine/weights.h"
 
 namespace pi2 {
@@ -111,6 +112,7 @@ class Engine {
   std::unique_ptr<Experts> experts_;
   StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
   Predictor predictor_;
+  SumOrder order_;
   Ffn ffn_;
   size_t filled_ = 0;  // positions in the KV cache
   uint64_t tokens_ = 0;

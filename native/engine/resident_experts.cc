@@ -14,8 +14,8 @@ size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   const size_t batch = config.batch_size;
   factors_ = carver.take<float>(config.neuron_count * batch);
   tiles_ = carver.take<float>(config.threads * 2 * batch * kNeuronChunk);
-  columns_ = carver.take<Column>(chunk_total(config.neuron_count) * kNeuronChunk);
-  part_columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
+  columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
+  order_.use(carver.take<SumOrder::Placed>(config.neuron_count));
   neurons_ = carver.take<uint32_t>(kParts * part_room(config.neuron_count));
   fired_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
   chosen_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
@@ -27,8 +27,8 @@ size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
 size_t ResidentExperts::scratch_bytes(const EngineConfig& config) { return ResidentExperts().carve(config, nullptr); }
 
 ResidentExperts::ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
-                                 uint8_t* scratch)
-    : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor) {
+                                 const SumOrder& order, uint8_t* scratch)
+    : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {
   carve(config, scratch);
 }
 
@@ -38,6 +38,7 @@ size_t ResidentExperts::part_size() const { return part_room(config_->neuron_cou
 
 Status ResidentExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
+  order_.begin(job.layer_index * config_->expert_count + job.expert_index);
   if (job.predictor_x != nullptr) predictor_->begin(job);
   if (job.tokens == 1) {
     run_one(job);
@@ -116,18 +117,21 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     }
   });
   // Which neurons each part adds: those that fired for any token.
-  size_t part_counts[kParts] = {};
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
     counters_.neurons_fired += fired_[chunk];
     if (fired_[chunk] == 0) continue;
-    const size_t part = chunk % kParts;
     const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
       const float* factors = factors_ + i * batch;
       bool used = false;
       for (size_t t = 0; t < tokens && !used; t++) used = factors[t] != 0.0f;
-      if (used) neurons_[part * part_size() + part_counts[part]++] = static_cast<uint32_t>(i);
+      if (used) order_.place(i, 1.0f, i);
     }
+  }
+  size_t part_counts[kParts] = {};
+  for (size_t part = 0; part < kParts; part++) {
+    uint32_t* of_part = neurons_ + part * part_size();
+    order_.for_part(part, [&](const SumOrder::Placed& placed) { of_part[part_counts[part]++] = placed.where; });
   }
   counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
 
@@ -155,7 +159,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
 }
 
 /**
- * Fills columns_ with the chunk's neurons that fire, in order, and returns how many. `chosen`: the neurons of the chunk to
+ * Places the chunk's neurons that fire, and returns how many. `chosen`: the neurons of the chunk to
  * look at; all of them if `chosen_count` is `count`.
  */
 size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen,
@@ -189,26 +193,25 @@ size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t co
     for (size_t k = 0; k < open_count; k++) ups[k] = 1.0f;
   }
   activate(*config_, gates, ups, open_count, gates);
-  Column* columns = columns_ + first;
   size_t fired = 0;
   for (size_t k = 0; k < open_count; k++) {
     if (gates[k] == 0.0f) continue;
-    const Rows down = expert.down.rows_from(first + open[k]);
-    columns[fired++] = {down.weights, down.scales, job.share(0) * gates[k]};
+    order_.place(first + open[k], job.share(0) * gates[k], first + open[k]);
+    fired++;
     if (job.fired.wanted()) job.fired.mark(0, first + open[k]);
     if (job.fired.activations != nullptr) job.fired.put(0, first + open[k], gates[k]);
   }
   return fired;
 }
 
-/** Sums the fired neurons of every kParts-th chunk into part_sums_. */
+/** Sums the fired neurons of a part into part_sums_. */
 void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
-  Column* columns = part_columns_ + part * part_size();
+  Column* columns = columns_ + part * part_size();
   size_t count = 0;
-  for (size_t chunk = part; chunk < chunks(); chunk += kParts) {
-    std::copy_n(columns_ + chunk * kNeuronChunk, fired_[chunk], columns + count);
-    count += fired_[chunk];
-  }
+  order_.for_part(part, [&](const SumOrder::Placed& placed) {
+    const Rows down = expert.down.rows_from(placed.where);
+    columns[count++] = {down.weights, down.scales, placed.factor};
+  });
   const size_t groups = group_count(config_->hidden_size);
   float* sums = part_sums_ + part * groups * kGroup;
   std::memset(sums, 0, groups * kGroup * sizeof(float));

@@ -2,6 +2,7 @@
 #include "native/base/thread_pool.h"
 #include "native/engine/experts.h"
 #include "native/engine/predictor.h"
+#include "native/engine/sum_order.h"
 
 namespace pi2 {
 
@@ -11,7 +12,7 @@ class ResidentExperts : public Experts {
   static size_t scratch_bytes(const EngineConfig& config);
   /** `predictor` may be null. */
   ResidentExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
-                  uint8_t* scratch);
+                  const SumOrder& order, uint8_t* scratch);
 
   Status run(const ExpertJob& job) override;
 
@@ -33,15 +34,15 @@ class ResidentExperts : public Experts {
   const Kernels* kernels_ = nullptr;
   ThreadPool* pool_ = nullptr;
   Predictor* predictor_ = nullptr;
-  float* factors_ = nullptr;        // (neuron, batch): contributions to several tokens
-  float* tiles_ = nullptr;          // (thread, 2, batch, chunk): products of a chunk's rows
-  Column* columns_ = nullptr;       // (chunk, neuron of the chunk): fired neurons of one token
-  Column* part_columns_ = nullptr;  // (part, neuron of the part): the same by part, without gaps
-  uint32_t* neurons_ = nullptr;     // (part, neuron of the part): neurons that fired for any token
-  uint32_t* fired_ = nullptr;       // (chunk): how many
-  uint32_t* chosen_ = nullptr;      // (chunk): how many were looked at
-  float* part_sums_ = nullptr;      // (part, padded hidden): one token's sums
-  float* tile_sums_ = nullptr;      // (thread, token of a tile, group): sums of one part and group
+  SumOrder order_;
+  float* factors_ = nullptr;     // (neuron, batch): contributions to several tokens
+  float* tiles_ = nullptr;       // (thread, 2, batch, chunk): products of a chunk's rows
+  Column* columns_ = nullptr;    // (part, neuron of the part): fired neurons of one token
+  uint32_t* neurons_ = nullptr;  // (part, neuron of the part): neurons that fired for any token
+  uint32_t* fired_ = nullptr;    // (chunk): how many
+  uint32_t* chosen_ = nullptr;   // (chunk): how many were looked at
+  float* part_sums_ = nullptr;   // (part, padded hidden): one token's sums
+  float* tile_sums_ = nullptr;   // (thread, token of a tile, group): sums of one part and group
 };
 
 }  // namespace pi2

@@ -37,8 +37,8 @@ StreamedExperts::~StreamedExperts() {
 }
 
 Status StreamedExperts::open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
-                             Predictor* predictor, std::unique_ptr<StreamedExperts>* result) {
-  std::unique_ptr<StreamedExperts> experts(new StreamedExperts(config, kernels, pool, predictor));
+                             Predictor* predictor, const SumOrder& order, std::unique_ptr<StreamedExperts>* result) {
+  std::unique_ptr<StreamedExperts> experts(new StreamedExperts(config, kernels, pool, predictor, order));
   Status status = check_neurons(config);
   if (status.is_ok()) status = check_plans(config);
   if (status.is_ok()) status = experts->find_checksums(weights);
@@ -66,7 +66,9 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   part1_ = carver.take<const uint8_t*>(entries);
   staged_up_ = carver.take<const uint8_t*>(entries);
   staged_down_ = carver.take<const uint8_t*>(entries);
-  rows_ = carver.take<const uint8_t*>(entries);
+  up_ = carver.take<const uint8_t*>(entries);
+  down_ = carver.take<const uint8_t*>(entries);
+  order_.use(carver.take<SumOrder::Placed>(config.neuron_count));
   gate_read_ = carver.take<ReadRequest*>(entries);
   up_read_ = carver.take<ReadRequest*>(entries);
   down_read_ = carver.take<ReadRequest*>(entries);
@@ -76,12 +78,14 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   open_count_ = carver.take<uint32_t>(chunk_count);
   kinds_ = carver.take<ChunkKind>(chunk_count);
   later_ = carver.take<ReadList>(chunk_count);
-  factors_ = carver.take<float>(chunk_floats);
+  factors_ = carver.take<float>(entries * config.batch_size);
   batch_gates_ = carver.take<float>(entries * config.batch_size);
   ups_ = carver.take<float>(chunk_floats);
-  landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * (config.layout.matrices - 1) * row + kTailBytes);
-  compact_ = carver.take<uint8_t>(config.threads * 2 * kNeuronChunk * row + kTailBytes);
+  landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
+  retained_ = carver.take<uint8_t>(entries * row + kTailBytes);
+  compact_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
   columns_ = carver.take<Column>(config.threads * part_room(config.neuron_count));
+  summed_ = carver.take<uint32_t>(config.threads * part_room(config.neuron_count));
   ahead_neurons_ = carver.take<uint32_t>(most_ahead(config));
   ahead_read_ = carver.take<ReadRequest*>(most_ahead(config) > 0 ? config.neuron_count : 0);
   part_sums_ = carver.take<float>(kParts * config.batch_size * padded_hidden(config));
@@ -92,7 +96,7 @@ size_t StreamedExperts::scratch_bytes_needed(const EngineConfig& config) {
   // The pointers that carve sets are dropped with this object.
   ThreadPool no_threads(1);
   return 2 * half_bytes(config) + page_up(config.stream.prefetch_bytes) + request_total(config) * sizeof(ReadRequest) +
-         StreamedExperts(config, scalar_kernels(), no_threads, nullptr).carve(config, nullptr);
+         StreamedExperts(config, scalar_kernels(), no_threads, nullptr, SumOrder()).carve(config, nullptr);
 }
 
 size_t StreamedExperts::weight_bytes_needed(const EngineConfig& config) {
@@ -210,6 +214,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
   if (ahead_bank_ != bank) end_ahead();
   cache_.begin_tick(bank);
+  order_.begin(bank);
   find(job, bank);
   tune_ahead();
   FirstFailure failure;
@@ -236,7 +241,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
   }
   failure_ = nullptr;
   end_ahead();
-  add_parts(job);
+  if (!failure.any()) add_parts(job);
   collect_counters(job);
   return failure.take();
 }
@@ -244,6 +249,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
 void StreamedExperts::add_parts(const ExpertJob& job) {
   const size_t hidden = padded_hidden(*config_);
   const size_t batch = config_->batch_size;
+  pool_->run(kParts, [&](size_t part, size_t thread) { add_part(job, part, thread); });
   const auto one = [&](size_t t, size_t) {
     float* out = job.out + t * job.out_stride;
     for (size_t part = 0; part < kParts; part++) {

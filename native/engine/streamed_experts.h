@@ -11,8 +11,8 @@
  *     plan     what must be read of each entry; near pages become one read
  *     resident stage  entries in memory: gate, up, activation
  *     gate stage      entries on flash whose gate came (phase 1): gate; for those that fire the rows are read (phase 2)
- *     row stage       rows as they land: up, activation; then the down columns of the part in order
- *   sum      parts in order
+ *     row stage       rows as they land: up, activation; down rows stay until the sum
+ *   sum      the down columns of each part in checkpoint order (sum_order.h), parts in order
  *
  * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
  * of the round (paper section 1.7). The files streamed_find.cc,
@@ -32,6 +32,7 @@
 #include "native/engine/load.h"
 #include "native/engine/predictor.h"
 #include "native/engine/stream_sizes.h"
+#include "native/engine/sum_order.h"
 #include "native/storage/reader.h"
 
 namespace pi2 {
@@ -62,7 +63,7 @@ class StreamedExperts : public Experts {
  public:
   /** Loads what stays in memory, opens the reader, allocates everything. `predictor` may be null. */
   static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
-                     Predictor* predictor, std::unique_ptr<StreamedExperts>* experts);
+                     Predictor* predictor, const SumOrder& order, std::unique_ptr<StreamedExperts>* experts);
   /** Whether the configuration's plan fits the model. */
   static Status check_plans(const EngineConfig& config);
   ~StreamedExperts() override;
@@ -123,8 +124,9 @@ class StreamedExperts : public Experts {
     std::atomic<uint32_t> stages{0};
   };
 
-  StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor)
-      : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor) {}
+  StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
+                  const SumOrder& order)
+      : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {}
   Status allocate();
   Status load();
   bool are_two_phases_faster();
@@ -157,11 +159,11 @@ class StreamedExperts : public Experts {
   void multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
   void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
   bool land_gates(size_t bank, size_t chunk, size_t thread);
-  bool land_rows(size_t bank, size_t chunk, size_t* landed, size_t thread);
-  void unpack_rows(size_t entry, uint8_t* gate, uint8_t* rows);
+  bool land_rows(size_t bank, size_t chunk, size_t thread);
+  void unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down);
   void activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
-  void add_token(const Column* columns, size_t count, size_t part);
-  void add_tokens(const ExpertJob& job, size_t chunk, size_t part, size_t thread);
+  void activate_batch(const ExpertJob& job, size_t chunk, size_t thread);
+  void add_part(const ExpertJob& job, size_t part, size_t thread);
   bool wait_for(ReadRequest& request, uint64_t* stall_ns);
   void wait_everything(const Round& round);
   bool is_sound(size_t bank, size_t entry, size_t part);
@@ -188,6 +190,7 @@ class StreamedExperts : public Experts {
   const Kernels* kernels_;
   ThreadPool* pool_;
   Predictor* predictor_;
+  SumOrder order_;
   std::unique_ptr<Reader> reader_;
   NeuronCache cache_;
   HugeMemory staging_;
@@ -205,7 +208,8 @@ class StreamedExperts : public Experts {
   const uint8_t** part1_ = nullptr;      // its gate, and the scales of its rows if they are on flash
   const uint8_t** staged_up_ = nullptr;  // weights of its rows in staging, if they are read
   const uint8_t** staged_down_ = nullptr;
-  const uint8_t** rows_ = nullptr;     // its up and down rows; null until they have landed
+  const uint8_t** up_ = nullptr;       // its up row (if there is a gate); null until it has landed
+  const uint8_t** down_ = nullptr;     // its down row likewise
   ReadRequest** gate_read_ = nullptr;  // reads that it waits for
   ReadRequest** up_read_ = nullptr;
   ReadRequest** down_read_ = nullptr;
@@ -215,12 +219,14 @@ class StreamedExperts : public Experts {
   uint32_t* open_count_ = nullptr;  // (chunk)
   ChunkKind* kinds_ = nullptr;      // (chunk)
   ReadList* later_ = nullptr;       // (chunk): reads of its second phase
-  float* factors_ = nullptr;        // (neuron of a chunk, batch) a thread: products of gates, then factors
+  float* factors_ = nullptr;        // (neuron, batch): what several tokens get of a column
   float* batch_gates_ = nullptr;    // (neuron, batch): gates of several tokens
   float* ups_ = nullptr;            // (thread, batch, chunk)
-  uint8_t* landing_ = nullptr;      // (thread, neuron of a chunk): rows of neurons that get no slot
-  uint8_t* compact_ = nullptr;      // (thread, 2, neuron of a chunk): rows one behind another
+  uint8_t* landing_ = nullptr;      // (thread, neuron of a chunk): up rows of neurons that get no slot
+  uint8_t* retained_ = nullptr;     // (neuron): down rows of those that get no slot; for several tokens, of all that fire
+  uint8_t* compact_ = nullptr;      // (thread, neuron of a chunk): rows one behind another
   Column* columns_ = nullptr;       // (thread, neuron of a part)
+  uint32_t* summed_ = nullptr;      // (thread, neuron of a part): the same for several tokens
   float* part_sums_ = nullptr;      // (part, batch, padded hidden)
   std::unique_ptr<ThreadCounters[]> thread_counters_;
   std::unique_ptr<Progress[]> progress_;  // (part)

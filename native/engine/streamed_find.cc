@@ -39,7 +39,8 @@ void StreamedExperts::add_entry(size_t bank, size_t neuron, size_t entry, size_t
   slot_[entry] = NeuronCache::kNoSlot;
   state_[entry] = kept != nullptr ? kResident : kMissing;
   part1_[entry] = with_gate ? kept : cache_.part1(bank, neuron);
-  rows_[entry] = kept != nullptr && with_gate ? kept + row_bytes_ : kept;
+  up_[entry] = kept != nullptr && with_gate ? kept + row_bytes_ : kept;
+  down_[entry] = kept == nullptr ? nullptr : up_[entry] + (config_->gated ? row_bytes_ : 0);
   if (kept == nullptr) {
     counters.misses++;
   } else {

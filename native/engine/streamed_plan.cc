@@ -174,7 +174,7 @@ void StreamedExperts::keep_fired(size_t bank, size_t chunk) {
     cache_.touch(bank, open_[entry]);
     slot_[entry] = cache_.admit(bank, open_[entry]);
     uint8_t* slot = cache_.slot(bank, slot_[entry]);
-    unpack_rows(entry, slot, slot + row_bytes_);
+    unpack_rows(entry, slot, slot + row_bytes_, slot + (config_->gated ? 2 : 1) * row_bytes_);
   }
 }
 

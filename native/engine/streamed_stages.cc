@@ -100,38 +100,17 @@ void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk
   if (two_phases) submit_rows(bank, chunk, thread);
 }
 
-/** Rows as they land, and the part's down columns, in order. */
+/** Rows as they land. */
 void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread) {
-  const size_t hidden = padded_hidden(*config_);
-  if (round.first_chunk == 0) {
-    std::memset(part_sums_ + part * config_->batch_size * hidden, 0, job.tokens * hidden * sizeof(float));
-  }
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
-  Column* columns = columns_ + thread * part_room(config_->neuron_count);
-  size_t count = 0;
-  size_t landed = 0;  // rows in the thread's landing memory
   for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
-    size_t to_land = 0;
-    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) to_land += state_[entry] == kMissing;
-    if (landed + to_land > kNeuronChunk) {
-      add_token(columns, count, part);
-      count = landed = 0;
-    }
-    if (!land_rows(bank, chunk, &landed, thread)) return;
+    if (!land_rows(bank, chunk, thread)) return;
     if (job.tokens > 1) {
-      add_tokens(job, chunk, part, thread);
-      landed = 0;
-      continue;
-    }
-    activate_entries(job, chunk, kMissing, thread);
-    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-      if (gates_[entry] == 0.0f) continue;
-      const uint8_t* down = rows_[entry] + (config_->gated ? row_bytes_ : 0);
-      columns[count++] = {down, down + weight_bytes_, gates_[entry]};
+      activate_batch(job, chunk, thread);
+    } else {
+      activate_entries(job, chunk, kMissing, thread);
     }
   }
-  thread_counters_[thread].rows += count;
-  add_token(columns, count, part);
 }
 
 bool StreamedExperts::wait_for(ReadRequest& request, uint64_t* stall_ns) {
@@ -204,7 +183,7 @@ void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, s
   const size_t first = chunk * kNeuronChunk;
   const size_t count = open_count_[chunk];
   const size_t batch = config_->batch_size;
-  uint8_t* rows = compact_ + thread * 2 * kNeuronChunk * row_bytes_;
+  uint8_t* rows = compact_ + thread * kNeuronChunk * row_bytes_;
   for (size_t k = 0; k < count; k++) std::memcpy(rows + k * row_bytes_, part1_[first + k], row_bytes_);
   float* products = ups_ + thread * batch * kNeuronChunk;  // (token, entry of the chunk)
   multiply(*kernels_, config_->ffn_encoding, {rows, rows + weight_bytes_, row_bytes_}, count, job.x, job.tokens, products,
@@ -237,7 +216,7 @@ void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, Entry
       gates_[entry] = 0.0f;
       continue;
     }
-    rows[count] = rows_[entry];
+    rows[count] = up_[entry];
     values[count] = gates_[entry];
     entries[count++] = static_cast<uint32_t>(entry);
   }
@@ -254,6 +233,7 @@ void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, Entry
     gates_[entries[k]] = job.share(0) * values[k];
     if (values[k] == 0.0f) continue;
     fired++;
+    order_.place(open_[entries[k]], gates_[entries[k]], entries[k]);
     if (job.fired.wanted()) job.fired.mark(0, open_[entries[k]]);
   }
   ThreadCounters& counters = thread_counters_[thread];
@@ -261,98 +241,117 @@ void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, Entry
   if (state == kMissing) counters.stream.used_bytes += fired * missing_bytes(chunk);
 }
 
-void StreamedExperts::unpack_rows(size_t entry, uint8_t* gate, uint8_t* rows) {
+void StreamedExperts::unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down) {
   const size_t scales = row_bytes_ - weight_bytes_;
   const uint8_t* next_scales = part1_[entry] + weight_bytes_;
-  if (gate != nullptr) std::memcpy(gate, part1_[entry], row_bytes_);
-  for (const uint8_t* weights : {config_->gated ? staged_up_[entry] : nullptr, staged_down_[entry]}) {
-    if (weights == nullptr) continue;
+  const auto unpack = [&](const uint8_t* weights, uint8_t* row) {
     next_scales += scales;
-    std::memcpy(rows, weights, weight_bytes_);
-    std::memcpy(rows + weight_bytes_, next_scales, scales);
-    rows += row_bytes_;
-  }
+    std::memcpy(row, weights, weight_bytes_);
+    std::memcpy(row + weight_bytes_, next_scales, scales);
+  };
+  if (gate != nullptr) std::memcpy(gate, part1_[entry], row_bytes_);
+  if (config_->gated) unpack(staged_up_[entry], up);
+  unpack(staged_down_[entry], down);
 }
 
 /**
  * Waits for the rows of a chunk, neuron by neuron, and puts them where kernels want them: into the slots of neurons that
- * will be kept, else into the thread's landing memory, behind the `landed` rows that are there.
+ * will be kept, else the up row into the thread's landing memory and the down row to those that stay until the sum.
  */
-bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t* landed, size_t thread) {
-  const size_t stride = (config_->layout.matrices - 1) * row_bytes_;
+bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t thread) {
   const size_t gate_bytes = keeps_gates(*config_) ? row_bytes_ : 0;
+  const size_t up_bytes = config_->gated ? row_bytes_ : 0;
   uint64_t* stall_ns = &thread_counters_[thread].stream.row_stall_ns;
+  size_t landed = 0;
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
     if (state_[entry] != kMissing) continue;
     if (!wait_for(*up_read_[entry], stall_ns) || !wait_for(*down_read_[entry], stall_ns)) return false;
     if (!is_sound(bank, entry, 1)) return false;
-    if (slot_[entry] == NeuronCache::kNoSlot) {
-      uint8_t* rows = landing_ + (thread * kNeuronChunk + (*landed)++) * stride;
-      unpack_rows(entry, nullptr, rows);
-      rows_[entry] = rows;
-    } else {
+    uint8_t* gate = nullptr;
+    uint8_t* up = landing_ + (thread * kNeuronChunk + landed++) * row_bytes_;
+    uint8_t* down = retained_ + open_[entry] * row_bytes_;
+    if (slot_[entry] != NeuronCache::kNoSlot) {
       uint8_t* slot = cache_.slot(bank, slot_[entry]);
-      unpack_rows(entry, gate_bytes > 0 ? slot : nullptr, slot + gate_bytes);
-      rows_[entry] = slot + gate_bytes;
+      gate = gate_bytes > 0 ? slot : nullptr;
+      up = slot + gate_bytes;
+      down = up + up_bytes;
     }
+    unpack_rows(entry, gate, up, down);
+    up_[entry] = up;
+    down_[entry] = down;
   }
   return true;
 }
 
-/** One token: adds down columns to the sums of a part. */
-void StreamedExperts::add_token(const Column* columns, size_t count, size_t part) {
-  add_columns(*kernels_, config_->ffn_encoding, columns, count, group_count(config_->hidden_size),
-              part_sums_ + part * config_->batch_size * padded_hidden(*config_));
-}
-
-/** Several tokens: the chunk's rows are laid one behind another, and kernels for whole matrices do the rest. */
-void StreamedExperts::add_tokens(const ExpertJob& job, size_t chunk, size_t part, size_t thread) {
-  const size_t first = chunk * kNeuronChunk;
+/**
+ * Several tokens: up rows are laid one behind another for the kernels of whole matrices; down rows of neurons that fire for
+ * any token are laid out by neuron, for the sum.
+ */
+void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t thread) {
   const size_t batch = config_->batch_size;
-  uint8_t* up = compact_ + thread * 2 * kNeuronChunk * row_bytes_;
-  uint8_t* down = up + kNeuronChunk * row_bytes_;
-  uint32_t numbers[kNeuronChunk];
+  uint8_t* rows = compact_ + thread * kNeuronChunk * row_bytes_;
   uint32_t entries[kNeuronChunk];
   size_t count = 0;
-  for (size_t entry = first; entry < end_entry(chunk); entry++) {
+  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
     if (state_[entry] == kDropped) continue;
-    if (config_->gated) std::memcpy(up + count * row_bytes_, rows_[entry], row_bytes_);
-    std::memcpy(down + count * row_bytes_, rows_[entry] + (config_->gated ? row_bytes_ : 0), row_bytes_);
-    numbers[count] = static_cast<uint32_t>(count);
+    if (config_->gated) std::memcpy(rows + count * row_bytes_, up_[entry], row_bytes_);
     entries[count++] = static_cast<uint32_t>(entry);
   }
   float* ups = ups_ + thread * batch * kNeuronChunk;  // (token, neuron of the chunk)
   if (config_->gated) {
-    multiply(*kernels_, config_->ffn_encoding, {up, up + weight_bytes_, row_bytes_}, count, job.x, job.tokens, ups,
+    multiply(*kernels_, config_->ffn_encoding, {rows, rows + weight_bytes_, row_bytes_}, count, job.x, job.tokens, ups,
              kNeuronChunk);
   }
   ThreadCounters& counters = thread_counters_[thread];
   counters.rows += count * (config_->layout.matrices - 1);
-  float* factors = factors_ + thread * batch * kNeuronChunk;  // (neuron of the chunk, token)
   for (size_t k = 0; k < count; k++) {
     float values[kNeuronChunk];
     const size_t neuron = open_[entries[k]];
     const float* gates = batch_gates_ + neuron * batch;
+    float* factors = factors_ + neuron * batch;
     size_t fired = 0;
     for (size_t begin = 0; begin < job.tokens; begin += kNeuronChunk) {
       const size_t tokens = std::min(kNeuronChunk, job.tokens - begin);
       for (size_t t = 0; t < tokens; t++) values[t] = config_->gated ? ups[(begin + t) * kNeuronChunk + k] : 1.0f;
       activate(*config_, gates + begin, values, tokens, values);
       for (size_t t = 0; t < tokens; t++) {
-        factors[k * batch + begin + t] = job.share(begin + t) * values[t];
+        factors[begin + t] = job.share(begin + t) * values[t];
         if (values[t] == 0.0f) continue;
         fired++;
         if (job.fired.wanted()) job.fired.mark(begin + t, neuron);
       }
     }
     counters.fired += fired;
-    if (fired > 0 && state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+    if (fired == 0) continue;
+    if (state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+    uint8_t* down = retained_ + neuron * row_bytes_;
+    if (down_[entries[k]] != down) std::memmove(down, down_[entries[k]], row_bytes_);
+    order_.place(neuron, 1.0f, neuron);
   }
+}
+
+/** Down columns of the neurons of a part that fire, in checkpoint order, into the part's sums. */
+void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread) {
   const size_t hidden = padded_hidden(*config_);
-  const ColumnList list{{down, down + weight_bytes_, row_bytes_}, numbers, count, factors, batch};
-  for (size_t group = 0; group < group_count(config_->hidden_size); group++) {
-    add_columns(*kernels_, config_->ffn_encoding, list, group, job.tokens,
-                part_sums_ + part * batch * hidden + group * kGroup, hidden);
+  const size_t batch = config_->batch_size;
+  const size_t groups = group_count(config_->hidden_size);
+  float* sums = part_sums_ + part * batch * hidden;
+  std::memset(sums, 0, job.tokens * hidden * sizeof(float));
+  size_t count = 0;
+  if (job.tokens == 1) {
+    Column* columns = columns_ + thread * part_room(config_->neuron_count);
+    order_.for_part(part, [&](const SumOrder::Placed& placed) {
+      const uint8_t* down = down_[placed.where];
+      columns[count++] = {down, down + weight_bytes_, placed.factor};
+    });
+    thread_counters_[thread].rows += count;
+    return add_columns(*kernels_, config_->ffn_encoding, columns, count, groups, sums);
+  }
+  uint32_t* neurons = summed_ + thread * part_room(config_->neuron_count);
+  order_.for_part(part, [&](const SumOrder::Placed& placed) { neurons[count++] = placed.where; });
+  const ColumnList list{{retained_, retained_ + weight_bytes_, row_bytes_}, neurons, count, factors_, batch};
+  for (size_t group = 0; group < groups; group++) {
+    add_columns(*kernels_, config_->ffn_encoding, list, group, job.tokens, sums + group * kGroup, hidden);
   }
 }
 

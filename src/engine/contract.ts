@@ -241,6 +241,11 @@ export interface EngineRequest {
   tensors: NativeTensor[];
   /** One entry for each layer and expert (layer-major): where its bundles begin in `neurons.bin`. */
   expertOffsets: number[];
+  /**
+   * Where in `resident.bin` the heat order of each of them is (neuronCount u32); their extents must be among `extents`. Absent:
+   * neurons are in the order of the checkpoint. Sums are made in that order.
+   */
+  orderOffsets?: number[];
   layout: {
     matrices: number;
     part1Bytes: number;

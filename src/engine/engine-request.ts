@@ -24,6 +24,8 @@ import { ropeFrequencies } from './rope.js';
 const READ_LANES = 4;
 /** Two CRC-32 a neuron. */
 const CHECKSUM_BYTES = 8;
+/** A number in a heat order. */
+const ORDER_BYTES = 4;
 
 /** A request without what memory decides: how many tokens at once, streaming, a predictor. */
 export type ModelRequest = Omit<EngineRequest, 'batchSize' | 'stream' | 'predictor'>;
@@ -35,7 +37,7 @@ export function modelRequest(
   threads: number,
   kernelSet: KernelSet | undefined,
 ): ModelRequest {
-  const { hyperparameters: h, layout, quantization } = model.manifest;
+  const { hyperparameters: h, layout, quantization, heat_order } = model.manifest;
   const experts = expertCount(h);
   return {
     residentPath: model.residentPath,
@@ -44,10 +46,8 @@ export function modelRequest(
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
-    extents: nativeExtents(
-      model,
-      ({ file, name }) => file !== PREDICTOR_FILE && !/\.(checksums|heat_order)$/.test(name),
-    ),
+    extents: nativeExtents(model, ({ file, name }) => file !== PREDICTOR_FILE && !name.endsWith('.checksums')),
+    ...(heat_order === 'identity' ? {} : { orderOffsets: orderOffsets(model) }),
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
     hiddenSize: h.hidden_size,
@@ -87,7 +87,7 @@ export function streamRequest(
     const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.checksums`);
     return offset + (bank % experts) * h.neuron_count * CHECKSUM_BYTES;
   });
-  const extents = nativeExtents(model, ({ file, name }) => file !== PREDICTOR_FILE && !name.endsWith('.heat_order'));
+  const extents = nativeExtents(model, ({ file }) => file !== PREDICTOR_FILE);
   return { stream: { ...stream, checksumOffsets }, extents };
 }
 
@@ -106,6 +106,16 @@ export function predictorRequest(
     memoryThresholds: memory_thresholds,
     flashThresholds: flash_thresholds,
   };
+}
+
+/** Where the heat order of each expert begins in `resident.bin`. */
+function orderOffsets(model: ModelDirectory): number[] {
+  const { hyperparameters: h } = model.manifest;
+  const experts = expertCount(h);
+  return Array.from({ length: h.layer_count * experts }, (_, bank) => {
+    const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.heat_order`);
+    return offset + (bank % experts) * h.neuron_count * ORDER_BYTES;
+  });
 }
 
 /** The tensors of weights in the extents that are wanted: no checksums, no heat orders. */
