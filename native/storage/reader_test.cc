@@ -16,6 +16,9 @@
 #include <vector>
 
 #include "native/base/memory.h"
+#include "native/storage/faulty_reader.h"
+#include "native/storage/memory_reader.h"
+#include "native/storage/slow_reader.h"
 
 namespace pi2 {
 namespace {
@@ -37,9 +40,14 @@ void expect(bool holds, const char* what, const std::string& reader) {
 
 uint32_t word_at(size_t offset) { return static_cast<uint32_t>(offset * 2654435761u); }
 
-bool write_file(const char* path) {
+std::vector<uint32_t> file_words() {
   std::vector<uint32_t> words(kFilePages * kPageBytes / 4);
   for (size_t i = 0; i < words.size(); i++) words[i] = word_at(4 * i);
+  return words;
+}
+
+bool write_file(const char* path) {
+  const std::vector<uint32_t> words = file_words();
   const int file = open(path, O_CREAT | O_TRUNC | O_WRONLY, 0600);
   const bool whole = write(file, words.data(), 4 * words.size()) == static_cast<ssize_t>(4 * words.size());
   return close(file) == 0 && whole;
@@ -121,6 +129,24 @@ void run(const char* path) {
   }
 }
 
+/** The same promises of a file in memory, by itself and behind the readers that slow it down and let it fail. */
+void run_in_memory() {
+  const auto memory = [] {
+    const std::vector<uint32_t> words = file_words();
+    const auto* bytes = reinterpret_cast<const uint8_t*>(words.data());
+    return std::make_unique<MemoryReader>(std::vector<uint8_t>(bytes, bytes + 4 * words.size()), "memory");
+  };
+  hammer(*memory(), "memory", 16, 0);
+  read_past_end(*memory(), "memory");
+  SlowReader slow(memory(), "memory", 20);
+  hammer(slow, "memory, slow", 4, 0);
+  read_past_end(slow, "memory, slow");
+  FaultyReader failing(memory(), 50, 0);
+  hammer(failing, "memory, failing", 16, 50);
+  FaultyReader ending(memory(), 0, 33);
+  hammer(ending, "memory, ending early", 16, 33);
+}
+
 }  // namespace
 }  // namespace pi2
 
@@ -130,6 +156,7 @@ int main(int count, char** arguments) {
     return 1;
   }
   pi2::run(arguments[1]);
+  pi2::run_in_memory();
   std::printf("%zu checks, %zu failed\n", pi2::checks.load(), pi2::failures.load());
   return pi2::failures.load() == 0 ? 0 : 1;
 }
