@@ -33,12 +33,14 @@ void StreamedExperts::find(const ExpertJob& job, size_t bank) {
 
 void StreamedExperts::add_entry(size_t bank, size_t neuron, size_t entry, size_t thread) {
   StreamCounters& counters = thread_counters_[thread].stream;
-  const uint8_t* kept = cache_.rows(bank, neuron);
   const bool with_gate = keeps_gates(*config_);
+  const uint8_t* gate = cache_.part1(bank, neuron);
+  // Rows without a gate in memory are of no use: the chunk is read whole.
+  const uint8_t* kept = with_gate || gate != nullptr ? cache_.rows(bank, neuron) : nullptr;
   open_[entry] = static_cast<uint32_t>(neuron);
   slot_[entry] = NeuronCache::kNoSlot;
   state_[entry] = kept != nullptr ? kResident : kMissing;
-  part1_[entry] = with_gate ? kept : cache_.part1(bank, neuron);
+  part1_[entry] = with_gate ? kept : gate;
   up_[entry] = kept != nullptr && with_gate ? kept + row_bytes_ : kept;
   down_[entry] = kept == nullptr ? nullptr : up_[entry] + (config_->gated ? row_bytes_ : 0);
   if (kept == nullptr) {
