@@ -17,8 +17,13 @@ import type { RowWriter } from './tensors.js';
 const LEVEL_MOST = 256;
 /** Numbers that differ by token: everything a neuron reacts to. A predictor of twice this rank can know it all. */
 const FEATURES_MOST = 512;
-/** What the own features' variance grows by from the first layer to the last; blocks add to the stream. */
-const STREAM_GROWTH = 0.1;
+/**
+ * What blocks add to the stream is scaled by this: the sums of neurons that nearly always fire are the same for every token, and
+ * would shift the thresholds of all others.
+ */
+const OUTPUT_SCALE = 0.4;
+/** What the own features' variance grows by from the first layer to the last, as blocks add to the stream; measured. */
+const STREAM_GROWTH = 0.08;
 const ONE = toBf16(1);
 const MINUS_ONE = toBf16(-1);
 const SIGN = 0x8000;
@@ -77,6 +82,9 @@ export class SparseStream {
   get rank(): number {
     return 2 * this.#features + 1;
   }
+
+  /** Of what blocks add to the stream. */
+  readonly outputScale = OUTPUT_SCALE;
 
   /** Gates have deviation 1 over features of size 1. */
   get gateScale(): number {

@@ -31,7 +31,7 @@ export function bankOf(shape: Shape, layer: number, expert: number): Bank & { do
 export function tensorsOf(shape: Shape, stream: SparseStream | null): SyntheticTensor[] {
   const { hiddenSize, neuronCount, vocabSize, layerCount, expertCount = 1 } = shape;
   const kvSize = (hiddenSize / shape.headCount) * shape.kvHeadCount;
-  const blockScale = 1 / Math.sqrt(2 * layerCount);
+  const blockScale = (stream?.outputScale ?? 1) / Math.sqrt(2 * layerCount);
   const matrix = (name: string, rows: number, columns: number, scale = 1, writeRow?: RowWriter): SyntheticTensor => ({
     name: `${name}.weight`,
     shape: [rows, columns],
