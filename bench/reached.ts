@@ -13,7 +13,7 @@ import type { SparseStream } from './sparse-stream.js';
 import type { SyntheticCheckpoint } from './synthetic-checkpoint.js';
 
 /** Tokens that are counted. */
-const WINDOWS = 8;
+const WINDOWS = 4;
 const WINDOW_TOKENS = 256;
 /** Positions whose next token is looked at. */
 const HEAD_TOKENS = 64;

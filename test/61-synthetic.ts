@@ -93,7 +93,7 @@ for (const setting of SETTINGS) {
       );
       const file = made.find((path) => path.endsWith('.statistics.json')) as string;
       const reached: ReachedStatistics = JSON.parse(readFileSync(file, 'utf8'));
-      t.equal(reached.tokens, 2048);
+      t.equal(reached.tokens, 1024);
       t.ok(lines.includes(describeReached(reached)), 'they are printed');
       for (const [layer, { rate, skew, overlap }] of reached.layers.entries()) {
         const near = (value: number | null, real: number | null, most: number, what: string) =>
