@@ -3,7 +3,7 @@ import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine
 import { nativeLayout } from '../../src/engine/engine-request.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import type { Journal, PieceRecord, Progress } from '../write/journal.js';
 import type { OutputFile } from '../write/output.js';
 import type { NeuronExtent } from './extents.js';
@@ -13,7 +13,7 @@ import { ReadAhead } from './read-ahead.js';
 /** What the steps of a conversion work with. */
 export interface Workshop {
   addon: NativeAddon;
-  checkpoint: Checkpoint;
+  checkpoint: TensorSource;
   files: Record<typeof RESIDENT_FILE | typeof NEURONS_FILE, OutputFile>;
   journal: Journal;
   /** Records so far; gets those to come. */
