@@ -14,6 +14,9 @@ export interface Shape {
   activation: 'silu' | 'drelu';
   /** `model_type` and `hidden_act` of config.json. */
   modelType: 'llama' | 'mistral' | 'bamboo';
+  /** Of a mixture: experts a layer, and how many of them compute a token. */
+  expertCount?: number;
+  expertsPerToken?: number;
 }
 
 const TINYLLAMA = {
