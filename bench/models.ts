@@ -11,7 +11,8 @@ import { addSparsePredictor, profileRandomTokens } from './sparse-model.js';
 
 /** Where the program is. */
 export const PACKAGE_ROOT = packageRoot();
-const CACHE = join(PACKAGE_ROOT, 'bench', 'cache');
+/** Synthetic checkpoints and models. */
+export const CACHE = join(PACKAGE_ROOT, 'bench', 'cache');
 const DEMO = join(PACKAGE_ROOT, 'demo', 'stories-drelu');
 const SEED = 1;
 
