@@ -22,7 +22,8 @@ import { SyntheticCheckpoint } from './synthetic-checkpoint.js';
 
 /** Where the program is. */
 export const PACKAGE_ROOT = packageRoot();
-const CACHE = join(PACKAGE_ROOT, 'bench', 'cache');
+/** Synthetic checkpoints and models. */
+export const CACHE = join(PACKAGE_ROOT, 'bench', 'cache');
 const DEMO = join(PACKAGE_ROOT, 'demo', 'stories-drelu');
 const SEED = 1;
 /** What making a model may take, beyond its predictors of a layer. */

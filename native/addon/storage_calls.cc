@@ -4,7 +4,9 @@
 #include <string>
 
 #include "native/addon/task.h"
+#include "native/storage/bandwidth.h"
 #include "native/storage/page_cache.h"
+#include "native/storage/reader.h"
 
 namespace pi2 {
 namespace {
@@ -24,10 +26,37 @@ Napi::Value page_cache_bytes_call(const Napi::CallbackInfo& info) {
       });
 }
 
+Napi::Value measure_flash_bandwidth_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Fields fields(info[0]);
+  const std::string path = fields.text("path");
+  FlashProbe probe;
+  probe.block_bytes = fields.size("blockBytes");
+  probe.lanes = fields.size("lanes");
+  probe.random = fields.boolean("random");
+  probe.seconds = fields.number("seconds");
+  if (probe.block_bytes == 0 || probe.block_bytes % kPageBytes != 0 || probe.block_bytes > size_t{1} << 30) {
+    fields.fail("blockBytes must be whole pages, at most 1 GiB");
+  }
+  if (probe.lanes == 0 || probe.lanes > 1024) fields.fail("lanes must be 1 to 1024");
+  if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+  auto rate = std::make_shared<double>(0);
+  auto how = std::make_shared<std::string>();
+  return Task::run(
+      env, {}, [path, probe, rate, how] { return measure_flash_bandwidth(path, probe, rate.get(), how.get()); },
+      [rate, how](Napi::Env e) -> Napi::Value {
+        Napi::Object result = Napi::Object::New(e);
+        result.Set("bytesPerSecond", Napi::Number::New(e, *rate));
+        result.Set("how", Napi::String::New(e, *how));
+        return result;
+      });
+}
+
 }  // namespace
 
 void export_storage_calls(Napi::Env env, Napi::Object exports) {
   exports.Set("pageCacheBytes", Napi::Function::New(env, page_cache_bytes_call));
+  exports.Set("measureFlashBandwidth", Napi::Function::New(env, measure_flash_bandwidth_call));
 }
 
 }  // namespace pi2

@@ -414,4 +414,12 @@ export interface NativeAddon {
   pageCacheBytes(path: string): Promise<number | null>;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
+  /** Bytes a second that reads of a file bring past the page cache, `lanes` at once; `how` says how they were really made. */
+  measureFlashBandwidth(request: {
+    path: string;
+    blockBytes: number;
+    lanes: number;
+    random: boolean;
+    seconds: number;
+  }): Promise<{ bytesPerSecond: number; how: string }>;
 }
