@@ -3,6 +3,7 @@
 
 #include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
+#include "native/addon/cpu_calls.h"
 #include "native/addon/engine_object.h"
 #include "native/addon/predictor_calls.h"
 #include "native/addon/storage_calls.h"
@@ -10,6 +11,7 @@
 static Napi::Object init(Napi::Env env, Napi::Object exports) {
   pi2::export_cache_calls(env, exports);
   pi2::export_converter_calls(env, exports);
+  pi2::export_cpu_calls(env, exports);
   pi2::export_engine_calls(env, exports);
   pi2::export_predictor_calls(env, exports);
   pi2::export_storage_calls(env, exports);

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "native/base/bandwidth.h"
 #include "native/engine/load.h"
 #include "native/engine/mapped_experts.h"
 #include "native/engine/norm.h"
@@ -293,6 +294,13 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     tokens_ += batch;
   }
   return Status::ok();
+}
+
+Bandwidths Engine::measure_bandwidths(size_t flash_read_bytes) {
+  Bandwidths found;
+  found.memory = measure_read_bandwidth(*pool_, weights_.memory());
+  if (streamed_ != nullptr && flash_read_bytes > 0) found.flash = streamed_->measure_flash(flash_read_bytes);
+  return found;
 }
 
 EngineCounters Engine::counters() const {

@@ -45,6 +45,12 @@ struct EngineMemory {
   size_t load_bytes = 0;
 };
 
+/** Bytes a second; 0 where it cannot be measured. */
+struct Bandwidths {
+  double memory = 0;
+  double flash = 0;
+};
+
 /** What a step writes down besides logits; null: nothing. */
 struct FiringRecord {
   uint8_t* fired = nullptr;      // bits (token, layer, expert, neuron): fired_bytes_per_token() for each token
@@ -68,6 +74,12 @@ class Engine {
    */
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
               FiringRecord record);
+
+  /**
+   * What memory and flash give at best, measured on what is open: the engine's own weights, read by its own threads, and
+   * reads of `flash_read_bytes` bytes (0: flash is left alone). Between steps; changes nothing.
+   */
+  Bandwidths measure_bandwidths(size_t flash_read_bytes);
 
   const char* kernel_set() const { return kernels_->name; }
   size_t fired_bytes_per_token() const {

@@ -75,6 +75,12 @@ class StreamedExperts : public Experts {
    */
   void prefetch(const ExpertJob& job);
 
+  /**
+   * Bytes a second that flash delivers at random places, in reads of `read_bytes` bytes (rounded to pages), many at once; 0
+   * if it fails. Between jobs.
+   */
+  double measure_flash(size_t read_bytes);
+
   const StreamCounters& stream_counters() const { return stream_counters_; }
   /** Whether gates are read before rows. */
   bool two_phases() const { return two_phases_; }

@@ -9,6 +9,7 @@ import { seededRandom } from '../engine/random.js';
 import { RecallMeter, requirePredicting } from '../engine/recall.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { formatMs } from '../report/format.js';
+import { measureRoof } from '../report/roofline.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
 import { describeKept } from '../report/stream-report.js';
 import { readTextFile } from '../text/text-file.js';
@@ -138,9 +139,10 @@ async function stream(
   if (!flags.report) return;
   const { timings, stopReason } = generation;
   const counters = engine.counters();
+  const roof = await measureRoof(engine, countersAfterPrompt, counters);
   const pageCacheBytes = await modelPageCacheBytes(model);
   const facts = { manifest: model.manifest, engine, timings, stopReason, seed, countersAfterPrompt, counters };
-  const report = runReport({ ...facts, pageCacheBytes, ...(meter ? { recall: meter.recall() } : {}) });
+  const report = runReport({ ...facts, pageCacheBytes, roof, ...(meter ? { recall: meter.recall() } : {}) });
   if (flags.json) await writeJson(report);
   else log(`\n${formatRunReport(report).trimEnd()}`);
 }

@@ -367,11 +367,22 @@ export interface EngineCounters {
   predictor?: PredictorCounters;
 }
 
+/** Bytes a second; null where it cannot be measured: memory that is mapped, flash that nothing is streamed from. */
+export interface Bandwidths {
+  memory: number | null;
+  flash: number | null;
+}
+
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   counters(): EngineCounters;
+  /**
+   * What memory and flash give at best, in 0.1 s: the engine's own weights, read by its own threads, and reads of
+   * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
+   */
+  measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }
@@ -412,6 +423,4 @@ export interface NativeAddon {
    * tell: it does for files that the process owns or may write. A missing file is `NATIVE_IO`.
    */
   pageCacheBytes(path: string): Promise<number | null>;
-  /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
-  measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
 }

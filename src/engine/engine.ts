@@ -5,7 +5,7 @@ import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
 import type { Ablation } from './ablation.js';
 import { loadAddon } from './addon.js';
-import type { EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine } from './contract.js';
+import type { Bandwidths, EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine } from './contract.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
 
@@ -174,6 +174,11 @@ export class Engine implements StepEngine {
 
   counters(): EngineCounters {
     return this.#native.counters();
+  }
+
+  /** What memory and flash give at best, the latter in reads of `flashReadBytes` bytes; between steps, in some 0.1 s. */
+  measureBandwidths(flashReadBytes: number): Promise<Bandwidths> {
+    return this.#native.measureBandwidths({ flashReadBytes });
   }
 
   async close(): Promise<void> {
