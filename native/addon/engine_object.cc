@@ -10,6 +10,7 @@
 #include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
 #include "native/addon/task.h"
+#include "native/addon/trace_calls.h"
 #include "native/engine/engine.h"
 #include "native/engine/streamed_experts.h"
 
@@ -32,11 +33,12 @@ Status busy() { return {StatusCode::kBusy, "the engine is computing a step; wait
 class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
   static Napi::Function define(Napi::Env env) {
-    return DefineClass(env, "NativeEngine",
-                       {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"),
-                        InstanceMethod<&EngineObject::step>("step"), InstanceMethod<&EngineObject::counters>("counters"),
-                        InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
-                        InstanceMethod<&EngineObject::close>("close")});
+    return DefineClass(
+        env, "NativeEngine",
+        {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
+         InstanceMethod<&EngineObject::counters>("counters"),
+         InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
+         InstanceMethod<&EngineObject::drain_trace>("drainTrace"), InstanceMethod<&EngineObject::close>("close")});
   }
 
   /** Only openEngine constructs it, with the engine as an External. */
@@ -221,6 +223,15 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         });
   }
 
+  Napi::Value drain_trace(const Napi::CallbackInfo& info) {
+    if (closed_) {
+      to_error(info.Env(), closed()).ThrowAsJavaScriptException();
+      return info.Env().Undefined();
+    }
+    const std::lock_guard<std::mutex> lock(shared_->lock);
+    return drained_trace(info.Env(), shared_->engine->trace());
+  }
+
   Napi::Value close(const Napi::CallbackInfo& info) {
     closed_ = true;
     return Task::run(
@@ -389,6 +400,7 @@ EngineConfig read_config(Fields& fields) {
   if (fields.has("stream")) read_stream(fields, &config.stream);
   if (fields.has("predictor")) read_predictor(fields, &config.predictor);
   config.mapped = fields.has("mapped") && fields.boolean("mapped");
+  config.trace_records = fields.size_or("traceRecords", 0);
   return config;
 }
 

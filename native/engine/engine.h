@@ -7,6 +7,7 @@
  * chunks and nothing else.
  */
 #include <memory>
+#include <optional>
 
 #include "native/base/memory.h"
 #include "native/base/status.h"
@@ -92,6 +93,8 @@ class Engine {
   EngineCounters counters() const;
   /** The predictor, if the engine has one, else null. */
   const Predictor* predictor() const { return config_.predictor.enabled() ? &predictor_ : nullptr; }
+  /** What threads did since it was drained; null if nothing is traced. */
+  Trace* trace() { return trace_ ? &*trace_ : nullptr; }
   /** The experts, if they are streamed, else null. */
   const StreamedExperts* streamed() const { return streamed_; }
 
@@ -114,8 +117,9 @@ class Engine {
   const Kernels* kernels_ = nullptr;
   Weights weights_;
   KvCache cache_;
-  std::unique_ptr<ThreadPool> pool_;
   HugeMemory scratch_;
+  std::optional<Trace> trace_;
+  std::unique_ptr<ThreadPool> pool_;
   float* hidden_ = nullptr;  // (batch, padded hidden): the residual stream
   float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
   Activations normed_;

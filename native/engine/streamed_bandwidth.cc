@@ -1,4 +1,4 @@
-/** StreamedExperts: what flash delivers when nothing else is to be done. */
+/** StreamedExperts: what flash does, traced, and what it can do when nothing else is to be done. */
 #include <algorithm>
 #include <chrono>
 
@@ -14,6 +14,36 @@ constexpr size_t kLeastRounds = 3;
 constexpr double kLeastSeconds = 0.03;
 
 }  // namespace
+
+/** Begins the reads of a list; any thread. */
+void StreamedExperts::submit(const ReadList& list) {
+  if (list.count == 0) return;
+  if (pool_->trace() != nullptr) {
+    const uint64_t now = trace_now();
+    for (size_t i = 0; i < list.count; i++) list.reads[i].submitted_ns = now;
+  }
+  reader_->submit(list.reads, list.count);
+}
+
+/** Records the reads of a list, all of them done. */
+void StreamedExperts::trace_reads(const ReadList& list) {
+  Trace* trace = pool_->trace();
+  for (size_t i = 0; trace != nullptr && i < list.count; i++) {
+    ReadRequest& read = list.reads[i];
+    // Readers that do not note when a read was done are looked at now.
+    const uint64_t done = read.done_ns >= read.submitted_ns ? read.done_ns : trace_now();
+    trace->add(TraceStage::kRead, read.submitted_ns, done, read.bytes);
+    read.submitted_ns = 0;
+  }
+}
+
+/** What the job missed, and read. */
+void StreamedExperts::trace_counters() {
+  Trace* trace = pool_->trace();
+  if (trace == nullptr) return;
+  trace->count(TraceStage::kMissing, stream_counters_.misses);
+  trace->count(TraceStage::kFlashBytes, stream_counters_.read_bytes);
+}
 
 double StreamedExperts::measure_flash(size_t read_bytes) {
   using Clock = std::chrono::steady_clock;

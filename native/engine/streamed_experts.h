@@ -153,6 +153,9 @@ class StreamedExperts : public Experts {
   void submit_rows(size_t bank, size_t chunk, size_t thread);
   void settle_round(size_t bank, const Round& round, bool failed);
   void keep_fired(size_t bank, size_t chunk);
+  void submit(const ReadList& list);
+  void trace_reads(const ReadList& list);
+  void trace_counters();
 
   bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
   void tune_ahead();

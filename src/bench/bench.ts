@@ -2,8 +2,10 @@ import { Pi2Error } from '../base/error.js';
 import { resetPeakMemory } from '../base/memory.js';
 import type { Engine, EngineOptions } from '../engine/engine.js';
 import { seededRandom } from '../engine/random.js';
+import type { TimedSpan } from '../engine/timed-span.js';
 import type { ModelDirectory } from '../format/model-directory.js';
 import { measureRoof } from '../report/roofline.js';
+import type { TraceFile } from '../trace/trace-file.js';
 import { type BenchRow, benchRow } from './row.js';
 import {
   type BenchTest,
@@ -33,6 +35,8 @@ export interface BenchSettings {
   text: ((model: ModelDirectory) => Promise<number[]>) | null;
   open(model: ModelDirectory, options: EngineOptions): Promise<Engine>;
   signal: AbortSignal;
+  /** Gets all timed runs. */
+  trace: TraceFile | null;
 }
 
 /**
@@ -41,7 +45,7 @@ export interface BenchSettings {
  */
 export async function measureCase(
   { model, test, options, memory }: BenchCase,
-  { repetitions, warmUp, seed, text, open, signal }: BenchSettings,
+  { repetitions, warmUp, seed, text, open, signal, trace }: BenchSettings,
 ): Promise<BenchRow | null> {
   const { bos_token_id, vocab_size } = model.manifest.hyperparameters;
   const random = seededRandom(seed);
@@ -51,8 +55,13 @@ export async function measureCase(
   const hasOwnPeak = resetPeakMemory();
   const engine = await open(model, { ...options, context: testPositions(test) });
   try {
-    const runner = new TestRunner(engine, prompts, random);
+    // What the warm-up traces is dropped.
+    let isTimed = false;
+    const onSpans = (spans: readonly TimedSpan[]) => (isTimed ? trace?.add(spans, engine) : engine.takeTrace());
+    const runner = new TestRunner(engine, prompts, random, trace === null ? undefined : onSpans);
     if (warmUp) await runner.run(test, signal);
+    isTimed = true;
+    trace?.beginEngine(`${model.manifest.name} ${testName(test)}`, engine);
     const startedAt = new Date();
     const samples: Sample[] = [];
     for (let i = 0; i < repetitions; i++) {

@@ -2,6 +2,7 @@ import type { EngineCounters } from '../engine/contract.js';
 import type { StepEngine } from '../engine/engine.js';
 import type { Random } from '../engine/random.js';
 import { SAMPLING_DEFAULTS, sampleToken } from '../engine/sampler.js';
+import type { SpanListener } from '../engine/timed-span.js';
 
 /** What is timed: a prompt, generation, or one after the other, behind `depth` positions that are not timed. */
 export interface BenchTest {
@@ -56,8 +57,11 @@ export class TestRunner {
   readonly #prompts: PromptSource;
   readonly #random: Random;
   readonly #logits: Float32Array;
+  readonly #onSpans: SpanListener | undefined;
 
-  constructor(engine: BenchEngine, prompts: PromptSource, random: Random) {
+  /** `onSpans` is for a trace. */
+  constructor(engine: BenchEngine, prompts: PromptSource, random: Random, onSpans?: SpanListener) {
+    this.#onSpans = onSpans;
     this.#engine = engine;
     this.#prompts = prompts;
     this.#random = random;
@@ -73,10 +77,16 @@ export class TestRunner {
     let ms = await this.#prefill(tokens.slice(depth, start), depth, signal);
     const latenciesMs: number[] = [];
     for (let position = start; position < start + generatedTokens && !signal?.aborted; position++) {
+      const beginMs = performance.now();
       const token = position === 0 ? tokens[0] : this.#choose();
+      const chosenMs = performance.now();
       const latency = await this.#step(Int32Array.of(token), position, false);
       latenciesMs.push(latency);
       ms += latency;
+      this.#onSpans?.([
+        { name: 'token', beginMs, endMs: chosenMs + latency },
+        { name: 'sampling', beginMs, endMs: chosenMs },
+      ]);
     }
     return signal?.aborted ? null : { ms, latenciesMs, before, after: this.#engine.counters() };
   }
@@ -85,7 +95,10 @@ export class TestRunner {
     const { batchSize } = this.#engine;
     let ms = 0;
     for (let done = 0; done < tokens.length && !signal?.aborted; done += batchSize) {
-      ms += await this.#step(Int32Array.from(tokens.slice(done, done + batchSize)), position + done, true);
+      const beginMs = performance.now();
+      const batchMs = await this.#step(Int32Array.from(tokens.slice(done, done + batchSize)), position + done, true);
+      ms += batchMs;
+      this.#onSpans?.([{ name: 'prompt', beginMs, endMs: beginMs + batchMs }]);
     }
     return ms;
   }

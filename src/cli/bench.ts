@@ -5,14 +5,23 @@ import { BENCH_OUTPUTS, type BenchOutput, benchPrinter, type OptionColumn } from
 import type { BenchTest } from '../bench/runner.js';
 import { ABLATIONS, type Ablation } from '../engine/ablation.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
-import { ENGINES, type EngineName, LOAD_MODES, type LoadMode } from '../engine/engine.js';
+import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
 import { LIMITS } from '../format/hyperparameters.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
 import { TextTokenizer } from '../text/tokenizer.js';
 import { openEngine } from './open-engine.js';
-import { parseAblations, parseInteger, parseMemory, parseName, SEED_MAX, THREADS_MAX } from './options.js';
+import {
+  addTraceOption,
+  parseAblations,
+  parseInteger,
+  parseMemory,
+  parseName,
+  SEED_MAX,
+  THREADS_MAX,
+} from './options.js';
 import { ExitWith, withInterrupt, writeOut } from './output.js';
+import { traceOptions, withTrace } from './with-trace.js';
 
 interface BenchFlags {
   model: string[];
@@ -32,6 +41,7 @@ interface BenchFlags {
   seed: number;
   warmup: boolean;
   output: BenchOutput;
+  trace?: string;
 }
 
 interface PromptAndGen {
@@ -49,7 +59,7 @@ export function benchCommand(): Command {
   const list = (flags: string, help: string, parse: (text: string) => unknown) =>
     new Option(flags, `* ${help}`).argParser(parseList(parse));
   const counts = parseInteger(0, LIMITS.context);
-  command
+  addTraceOption(command)
     .addOption(list('-m, --model <NAME.pi2>', 'model directories', String).makeOptionMandatory())
     .addOption(list('-p, --prompt <n>', 'tokens of a prompt (pp); 0 is none (default: 512)', counts))
     .addOption(list('-n, --gen <n>', 'tokens to generate (tg); 0 is none (default: 128)', counts))
@@ -109,28 +119,32 @@ async function bench(flags: BenchFlags): Promise<void> {
   const models = await Promise.all(paths.map(openModelDirectory));
   const text = flags.file === undefined ? null : await readTextFile(flags.file);
   const printer = benchPrinter(flags.output, givenColumns(flags));
-  await withInterrupt(async (signal) => {
-    const settings = {
-      repetitions: flags.repetitions,
-      warmUp: flags.warmup,
-      seed: flags.seed,
-      text: text === null ? null : (model: ModelDirectory) => encode(model, text),
-      open: openEngine,
-      signal,
-    };
-    await writeOut(printer.begin());
-    try {
-      for (const one of listCases(models, tests, flags)) {
-        const row = await measureCase(one, settings);
-        if (row === null) break;
-        await writeOut(printer.row(row));
+  await withInterrupt((signal) =>
+    withTrace(flags.trace, async (trace) => {
+      const settings = {
+        trace,
+        repetitions: flags.repetitions,
+        warmUp: flags.warmup,
+        seed: flags.seed,
+        text: text === null ? null : (model: ModelDirectory) => encode(model, text),
+        open: (model: ModelDirectory, options: EngineOptions) =>
+          openEngine(model, { ...options, ...traceOptions(trace) }),
+        signal,
+      };
+      await writeOut(printer.begin());
+      try {
+        for (const one of listCases(models, tests, flags)) {
+          const row = await measureCase(one, settings);
+          if (row === null) break;
+          await writeOut(printer.row(row));
+        }
+      } finally {
+        // Rows that were measured are worth something though a later one failed.
+        await writeOut(printer.end());
       }
-    } finally {
-      // Rows that were measured are worth something though a later one failed.
-      await writeOut(printer.end());
-    }
-    if (signal.aborted) throw new ExitWith(EXIT.interrupted);
-  });
+      if (signal.aborted) throw new ExitWith(EXIT.interrupted);
+    }),
+  );
 }
 
 /** Prompts first, then generation, then both, at each depth. */

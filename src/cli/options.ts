@@ -69,6 +69,11 @@ export function addExactOption(command: Command): Command {
   return command.option('--exact', 'compute every neuron that fires, as if the model had no predictor');
 }
 
+/** Adds `--trace`, for commands that measure. */
+export function addTraceOption(command: Command): Command {
+  return command.option('--trace <file>', 'write where the time of each token goes: JSON for ui.perfetto.dev');
+}
+
 /** Adds `--engine` and `--ablate`, for commands that compare ways to compute. */
 export function addEngineChoice(command: Command): Command {
   const choice = new Option('--engine <name>', `${ENGINES.join(', ')}; those after the first are baselines`);

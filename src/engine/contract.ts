@@ -292,6 +292,8 @@ export interface EngineRequest {
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
    */
   mapped?: boolean;
+  /** Records (of 32 bytes) of each thread's trace, which keeps the newest. Default: 0, nothing is traced. */
+  traceRecords?: number;
 }
 
 export interface StepRequest {
@@ -367,6 +369,12 @@ export interface EngineCounters {
   predictor?: PredictorCounters;
 }
 
+/** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
+export interface NativeTrace {
+  records: ArrayBuffer;
+  dropped: number;
+}
+
 /** Bytes a second; null where it cannot be measured: memory that is mapped, flash that nothing is streamed from. */
 export interface Bandwidths {
   memory: number | null;
@@ -378,6 +386,8 @@ export interface NativeEngine {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   counters(): EngineCounters;
+  /** What threads did since the last call: records as native/base/trace.h has them, and how many did not fit. */
+  drainTrace(): NativeTrace;
   /**
    * What memory and flash give at best, in 0.1 s: the engine's own weights, read by its own threads, and reads of
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
@@ -389,6 +399,8 @@ export interface NativeEngine {
 
 export interface NativeAddon {
   cpu(): CpuReport;
+  /** Names of the stages that records of a trace have the numbers of. */
+  traceStages(): string[];
   encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
   encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
   /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
