@@ -80,7 +80,7 @@ Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
   memory->kv_bytes = KvCache::bytes_needed(config);
   for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
   if (config.predictor.enabled()) memory->weight_bytes += Predictor::bytes_needed(config);
-  memory->load_bytes = config.threads * kLoadBytes;
+  memory->load_bytes = config.threads * kLoadersPerThread * kLoadBytes;
   // Mapped pages are the kernel's.
   if (config.mapped) return status;
   memory->weight_bytes += Weights::resident_bytes_needed(config);

@@ -2,6 +2,9 @@
 
 #include <cstring>
 
+#include "native/base/memory.h"
+#include "native/storage/reader.h"
+
 namespace pi2 {
 
 Status compare_checksum(const ExtentConfig& extent, uint32_t sum) {
@@ -17,7 +20,8 @@ Status load_extents(const std::vector<ExtentConfig>& extents, bool neurons, size
   }
   FirstFailure failure;
   std::atomic<size_t> next{0};
-  run_in_ranges(threads, threads, [&](size_t, size_t) {
+  const size_t loaders = threads * kLoadersPerThread;
+  run_in_ranges(loaders, loaders, [&](size_t, size_t) {
     for (size_t i = next.fetch_add(1); i < wanted.size() && !failure.any(); i = next.fetch_add(1)) {
       failure.meet(load(wanted[i]));
     }
@@ -99,13 +103,14 @@ Status load_bundles(
   const size_t expert_bytes = layout.bytes(config.neuron_count);
   status = load_extents(config.extents, true, config.threads, [&](size_t index) {
     const ExtentConfig& extent = config.extents[index];
-    std::vector<uint8_t> buffer(std::min(units_per_read * layout.unit_bytes, extent.bytes));
+    const size_t most = std::min(units_per_read * layout.unit_bytes, extent.bytes);
+    HugeMemory buffer;
+    Status read = buffer.allocate((most + kPageBytes - 1) / kPageBytes * kPageBytes, "loading");
     uint32_t sum = 0;
-    for (size_t done = 0; done < extent.bytes; done += buffer.size()) {
-      const size_t bytes = std::min(buffer.size(), extent.bytes - done);
-      Status read = file.read(extent.offset + done, bytes, buffer.data());
-      if (!read.is_ok()) return read;
-      file.forget(extent.offset + done, bytes);
+    for (size_t done = 0; read.is_ok() && done < extent.bytes; done += most) {
+      const size_t bytes = std::min(most, extent.bytes - done);
+      read = file.read_once(extent.offset + done, bytes, buffer.data());
+      if (!read.is_ok()) break;
       sum = crc32(buffer.data(), bytes, sum);
       const size_t begin = extent.offset + done;
       for (size_t bank = 0; bank < config.expert_offsets.size(); bank++) {
@@ -127,7 +132,7 @@ Status load_bundles(
         }
       }
     }
-    return compare_checksum(extent, sum);
+    return read.is_ok() ? compare_checksum(extent, sum) : read;
   });
   if (!status.is_ok()) return status;
   for (const std::atomic<size_t>& count : loaded) {

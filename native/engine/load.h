@@ -14,8 +14,10 @@
 
 namespace pi2 {
 
-/** Bytes of one read while loading: long enough for sequential speed, short enough for a bounce buffer a thread. */
-inline constexpr size_t kLoadBytes = size_t{4} << 20;
+/** Bytes of one read while loading: long enough for sequential speed, short enough for a bounce buffer a loader. */
+inline constexpr size_t kLoadBytes = size_t{2} << 20;
+/** Loaders a thread of the engine: while one takes bundles apart, another waits for the disk. */
+inline constexpr size_t kLoadersPerThread = 2;
 
 /** Keeps the first failure of several threads. */
 class FirstFailure {
@@ -39,7 +41,7 @@ class FirstFailure {
 /** Fails, naming the extent, unless `sum` is its checksum. */
 Status compare_checksum(const ExtentConfig& extent, uint32_t sum);
 
-/** Runs load(index of the extent) on every extent of neurons.bin (`neurons`) or of the other file, on all threads. */
+/** Runs load(index of the extent) on every extent of neurons.bin (`neurons`) or of the other file, on all loaders. */
 Status load_extents(const std::vector<ExtentConfig>& extents, bool neurons, size_t threads,
                     const std::function<Status(size_t index)>& load);
 

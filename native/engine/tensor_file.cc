@@ -45,9 +45,8 @@ Status TensorFile::load(const std::string& path, const std::vector<ExtentConfig>
     uint32_t sum = 0;
     for (size_t done = 0; done < extent.bytes; done += kLoadBytes) {
       const size_t bytes = std::min(kLoadBytes, extent.bytes - done);
-      Status read = file.read(extent.offset + done, bytes, place + done);
+      Status read = file.read_once(extent.offset + done, bytes, place + done);
       if (!read.is_ok()) return read;
-      file.forget(extent.offset + done, bytes);
       sum = crc32(place + done, bytes, sum);
     }
     return compare_checksum(extent, sum);

@@ -1,7 +1,7 @@
 #pragma once
 /**
  * Encoding of weights for flash (docs/FORMAT.md section 1), offline. The result depends on the numbers alone, never on the
- * machine: no fused multiply-add, no instruction-set variants.
+ * machine: no fused multiply-add, and sums in one order (group.h).
  */
 #include <cstddef>
 #include <cstdint>
