@@ -142,10 +142,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
 
   Napi::Value counters(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    if (closed_) {
-      to_error(env, closed()).ThrowAsJavaScriptException();
-      return env.Undefined();
-    }
+    if (refuses(env)) return env.Undefined();
     const std::lock_guard<std::mutex> lock(shared_->lock);
     const EngineCounters c = shared_->engine->counters();
     Napi::Object object = Napi::Object::New(env);
@@ -214,20 +211,15 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         },
         [found](Napi::Env e) {
           Napi::Object object = Napi::Object::New(e);
-          const auto set = [&](const char* name, double rate) {
-            object.Set(name, rate > 0 ? Napi::Number::New(e, rate) : e.Null());
-          };
-          set("memory", found->memory);
-          set("flash", found->flash);
+          const auto known = [&](double rate) { return rate > 0 ? Napi::Number::New(e, rate) : e.Null(); };
+          object.Set("memory", known(found->memory));
+          object.Set("flash", known(found->flash));
           return object;
         });
   }
 
   Napi::Value drain_trace(const Napi::CallbackInfo& info) {
-    if (closed_) {
-      to_error(info.Env(), closed()).ThrowAsJavaScriptException();
-      return info.Env().Undefined();
-    }
+    if (refuses(info.Env())) return info.Env().Undefined();
     const std::lock_guard<std::mutex> lock(shared_->lock);
     return drained_trace(info.Env(), shared_->engine->trace());
   }
@@ -244,6 +236,12 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           return Status::ok();
         },
         [](Napi::Env e) { return e.Undefined(); });
+  }
+
+  /** Whether the engine is closed; then that is thrown. */
+  bool refuses(Napi::Env env) const {
+    if (closed_) to_error(env, closed()).ThrowAsJavaScriptException();
+    return closed_;
   }
 
   std::shared_ptr<SharedEngine> shared_;

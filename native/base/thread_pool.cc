@@ -25,6 +25,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* context) {
+  if (trace_ != nullptr) trace_->begin_region();
   const uint32_t region = region_of(ticket_.load(std::memory_order_relaxed)) + 1;
   function_.store(function, std::memory_order_relaxed);
   context_.store(context, std::memory_order_relaxed);

@@ -15,6 +15,8 @@
 namespace {
 
 constexpr size_t kMostChunks = 100;
+/** Fewer than a thread may record of a region: rings overflow too. */
+constexpr size_t kRecords = 16;
 
 /** Busy for about `steps` multiplications. */
 uint64_t work(uint64_t value, size_t steps) {
@@ -31,7 +33,12 @@ void require(bool condition, const char* what, size_t region) {
 /** Counts of the chunks of a pool's regions, plain memory: only the pool keeps threads apart. */
 class Hammer {
  public:
-  explicit Hammer(size_t threads) : pool_(threads), random_(static_cast<uint32_t>(threads)) {
+  Hammer(size_t threads, bool traced)
+      : rings_(pi2::Trace::bytes_needed(threads, kRecords) + 64),
+        trace_(rings_.data() + (64 - reinterpret_cast<uintptr_t>(rings_.data()) % 64), threads, kRecords),
+        traced_(traced ? &trace_ : nullptr),
+        pool_(threads, traced_),
+        random_(static_cast<uint32_t>(threads)) {
     require(pool_.threads() == threads, "another number of threads", 0);
   }
 
@@ -52,7 +59,9 @@ class Hammer {
     size_t runs[kMostChunks] = {};
     std::vector<size_t> by_thread(pool_.threads(), 0);
     const uint64_t seed = random_();
+    const pi2::TraceSpan outer(traced_, pi2::TraceStage::kFind);
     pool_.run(chunks, [&](size_t chunk, size_t thread) {
+      const pi2::TraceSpan inner(traced_, pi2::TraceStage::kRow);
       require(chunk < chunks, "a chunk that is none", region);
       require(thread < by_thread.size(), "a thread that is none", region);
       results[chunk] = work(seed + chunk, (seed ^ chunk) % most_steps);
@@ -67,8 +76,25 @@ class Hammer {
       require(results[chunk] == work(seed + chunk, (seed ^ chunk) % most_steps), "a wrong result", region);
     }
     chunks_ += chunks;
+    drain(region);
   }
 
+  /** What was recorded before, which is what threads really did. */
+  void drain(size_t region) {
+    std::vector<pi2::TraceRecord> records(trace_.size());
+    require(traced_ != nullptr || records.empty(), "a record though nothing is traced", region);
+    trace_.drain(records.data());
+    for (const pi2::TraceRecord& record : records) {
+      const bool is_known = record.stage == static_cast<uint16_t>(pi2::TraceStage::kFind) ||
+                            record.stage == static_cast<uint16_t>(pi2::TraceStage::kRow);
+      require(is_known && record.thread < pool_.threads() && record.begin_ns <= record.end_ns, "a wrong record", region);
+    }
+    require(trace_.size() == 0 && trace_.dropped() == 0, "a ring that is not empty", region);
+  }
+
+  std::vector<uint8_t> rings_;
+  pi2::Trace trace_;
+  pi2::Trace* traced_;
   pi2::ThreadPool pool_;
   std::mt19937 random_;
   size_t chunks_ = 0;
@@ -81,11 +107,11 @@ int main(int, char** arguments) {
   const size_t regions = std::strtoul(arguments[1], nullptr, 10);
   size_t chunks = 0;
   for (const size_t threads : {1, 2, 3, 8}) {
-    Hammer hammer(threads);
+    Hammer hammer(threads, threads % 2 == 0);
     hammer.run(regions);
     chunks += hammer.chunks();
   }
   // Pools that end before, or just as, their workers wake up.
-  for (size_t i = 0; i < 200; i++) Hammer(1 + i % 4).run(i % 3);
+  for (size_t i = 0; i < 200; i++) Hammer(1 + i % 4, i % 8 < 4).run(i % 3);
   std::printf("%zu regions, %zu chunks\n", 4 * regions, chunks);
 }

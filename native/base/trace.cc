@@ -85,11 +85,11 @@ void TraceSpan::end() {
 }
 
 void TraceRegion::begin() {
-  if (is_open_ || trace_->stage_ == TraceStage::kNone) return;
+  if (is_open_ || trace_->region_stage_ == TraceStage::kNone) return;
   is_open_ = true;
   place_ = trace_->rings_[trace_thread].count;
   const uint64_t now = trace_now();
-  trace_->add(trace_->stage_, now, now, 0);
+  trace_->add(trace_->region_stage_, now, now, 0);
 }
 
 void TraceRegion::end() {

@@ -68,6 +68,9 @@ class Trace {
   /** Thread 0 alone, between regions: what spans from now on belong to. */
   void set_layer(uint32_t layer) { layer_ = layer; }
 
+  /** Thread 0 alone, before other threads take part: what they do is called as what it is doing. */
+  void begin_region() { region_stage_ = stage_; }
+
   /** Adds a record to the ring of the calling thread. */
   void add(TraceStage stage, uint64_t begin_ns, uint64_t end_ns, uint64_t value);
   /** On thread 0: how much a total has grown since the last call. */
@@ -91,8 +94,9 @@ class Trace {
   size_t threads_;
   size_t capacity_;
   uint32_t layer_ = TraceRecord::kNoLayer;
-  /** What thread 0 is at: the name of what other threads do for it. */
+  /** What thread 0 is at, in the midst of a region too. */
   TraceStage stage_ = TraceStage::kNone;
+  TraceStage region_stage_ = TraceStage::kNone;
   uint64_t totals_[static_cast<size_t>(TraceStage::kStageCount)] = {};
 };
 
