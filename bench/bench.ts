@@ -1,18 +1,15 @@
+import { rm } from 'node:fs/promises';
 import os from 'node:os';
-import { Command, InvalidArgumentError, Option } from 'commander';
-import { nearestName } from '../src/base/error.js';
+import { Command, Option } from 'commander';
 import { parseInteger } from '../src/cli/options.js';
 import { KERNEL_SETS, type KernelSet } from '../src/engine/contract.js';
-import { QUANTIZATIONS, type QuantizationName } from '../src/format/manifest.js';
 import { measureModel } from './measure.js';
-import { clearCache, prepareDemo, prepareSynthetic } from './models.js';
+import { addModelOptions, type ModelFlags, requestOf } from './model-options.js';
+import { prepareDemo, prepareSynthetic } from './models.js';
 import { log, runProgram, saveOption, saveResult } from './program.js';
 import { type Conditions, conditions, conversionRows, type Row, testRows, toMarkdown } from './report.js';
-import { SHAPES, type Shape } from './shapes.js';
 
-interface Flags {
-  shape: Shape;
-  quant: QuantizationName;
+interface Flags extends ModelFlags {
   prompt: number;
   gen: number;
   repetitions: number;
@@ -31,11 +28,8 @@ const THREADS_MAX = 512;
 function buildProgram(): Command {
   const number = (flags: string, help: string, least: number, most: number, value: number) =>
     new Option(flags, help).argParser(parseInteger(least, most)).default(value);
-  const shape = new Option('--shape <name>', `synthetic model: ${SHAPES.map(({ name }) => name).join(', ')}`);
-  return new Command('bench')
+  const command = new Command('bench')
     .description('measure prefill and decode in tokens a second and as a share of the memory bandwidth')
-    .addOption(shape.argParser(parseShape).default(SHAPES[0], SHAPES[0].name))
-    .addOption(new Option('--quant <kind>', 'how weights are stored').choices(QUANTIZATIONS).default('q4'))
     .addOption(number('-p, --prompt <n>', 'tokens of the prefill test; 0 leaves it out', 0, TOKENS_MAX, 512))
     .addOption(number('-n, --gen <n>', 'tokens of the decode test; 0 leaves it out', 0, TOKENS_MAX, 128))
     .addOption(number('-r, --repetitions <n>', 'times that each test is run', 1, REPETITIONS_MAX, 3))
@@ -43,20 +37,22 @@ function buildProgram(): Command {
     .addOption(new Option('--cpu <set>', 'force a kernel set').choices(KERNEL_SETS))
     .addOption(new Option('-o, --output <format>', 'form of the result').choices(['md', 'json', 'jsonl']).default('md'))
     .addOption(saveOption())
-    .option('--keep', 'leave checkpoints and models in bench/cache for the next run')
-    .action(bench);
+    .option('--keep', 'leave what is made in bench/cache for the next run');
+  return addModelOptions(command).action(bench);
 }
 
 async function bench(flags: Flags): Promise<void> {
   const loadBefore = os.loadavg()[0];
   const rows: Row[] = [];
+  const made: string[] = [];
   const models = [
-    { synthetic: true, prepare: () => prepareSynthetic(flags.shape, flags.quant, log) },
+    { synthetic: true, prepare: () => prepareSynthetic(requestOf(flags), log) },
     { synthetic: false, prepare: () => prepareDemo(flags.quant, log) },
   ];
   try {
     for (const { synthetic, prepare } of models) {
       const prepared = await prepare();
+      made.push(...prepared.made);
       log(`measuring ${prepared.path}`);
       const result = await measureModel(prepared.path, {
         promptTokens: flags.prompt,
@@ -68,7 +64,7 @@ async function bench(flags: Flags): Promise<void> {
       rows.push(...testRows(result, synthetic), ...conversionRows(result, prepared, synthetic));
     }
   } finally {
-    if (!flags.keep) await clearCache();
+    if (!flags.keep) for (const path of made) await rm(path, { recursive: true, force: true });
   }
   const command = ['npm run bench --', ...process.argv.slice(2)].join(' ');
   const facts = conditions(command, loadBefore);
@@ -85,14 +81,6 @@ function format(kind: Flags['output'], facts: Conditions, rows: Row[]): string {
     case 'jsonl':
       return [facts, ...rows].map((row) => `${JSON.stringify(row)}\n`).join('');
   }
-}
-
-function parseShape(text: string): Shape {
-  const found = SHAPES.find(({ name }) => name === text);
-  if (found) return found;
-  const names = SHAPES.map(({ name }) => name);
-  const nearest = nearestName(text, names);
-  throw new InvalidArgumentError(`Expected one of ${names.join(', ')}.${nearest ? ` Did you mean ${nearest}?` : ''}`);
 }
 
 await runProgram(buildProgram());

@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs';
 import { mkdir, readFile, rm, symlink } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { Pi2Error } from '../src/base/error.js';
-import { MANIFEST_FILE } from '../src/format/manifest.js';
+import type { Setting } from './activation-settings.js';
 import { generateGguf, type MatrixType, shapeBytes } from './gguf-model.js';
 import { CACHE, PACKAGE_ROOT, prepareSynthetic } from './models.js';
 import type { LlamaRequest } from './peer-llama.js';
@@ -36,6 +36,8 @@ export interface PeerSizes {
   threads: number;
   promptTokens: number;
   generatedTokens: number;
+  /** Allows shapes of tens of gigabytes. */
+  isLargeAllowed: boolean;
 }
 
 /**
@@ -86,26 +88,22 @@ export async function prepareEntries(
   const context = Math.max(sizes.promptTokens, sizes.generatedTokens) + 8;
   const entries: PeerEntry[] = [];
   if (wanted('llama')) entries.push(await llamaEntry(shape, cap, sizes, context, log));
-  const ours = async (twin: Shape, name: string, exact: boolean): Promise<PeerEntry> => {
-    const path = await ourModel(twin, log);
+  const ours = async (twin: Shape, name: string, exact: boolean, setting?: Setting): Promise<PeerEntry> => {
+    const { isLargeAllowed } = sizes;
+    const model = { shape: twin, setting, quantization: 'q4', withCheckpoint: false, isLargeAllowed } as const;
+    const { path } = await prepareSynthetic(model, log);
     const memoryBytes = cap.bytes === null ? null : cap.bytes - MARGIN_BYTES;
     const request: OurRequest = { model: path, context, threads: sizes.threads, memoryBytes, exact };
     const program = join(PACKAGE_ROOT, 'dist', 'bench', 'peer-ours.js');
     return { engine: 'powerinfer2', name, model: basename(path), program, request, reads: 'random' };
   };
   const sparse = shapeNamed(`${shapeName}-drelu`);
-  if (wanted('predicted')) entries.push(await ours(sparse, 'dReLU, predicted', false));
-  if (wanted('exact')) entries.push(await ours(sparse, 'dReLU, exact', true));
+  if (wanted('predicted')) entries.push(await ours(sparse, 'dReLU as published, predicted', false, 'published'));
+  if (wanted('exact')) entries.push(await ours(sparse, 'dReLU as published, exact', true, 'published'));
+  if (wanted('measured')) entries.push(await ours(sparse, 'dReLU as measured, predicted', false, 'measured'));
   // With nothing to skip, neurons on flash are a matter of bandwidth alone: compared where all is in memory.
   if (wanted('dense') && cap.bytes === null) entries.push(await ours(shape, 'SiLU, dense', true));
   return entries;
-}
-
-/** The model directory of a shape: the one that is in the cache, or made now. */
-async function ourModel(shape: Shape, log: (line: string) => void): Promise<string> {
-  const path = join(CACHE, `synthetic-${shape.name}-q4${shape.activation === 'drelu' ? '-sparse' : ''}.pi2`);
-  if (existsSync(join(path, MANIFEST_FILE))) return path;
-  return (await prepareSynthetic(shape, 'q4', log)).path;
 }
 
 async function llamaEntry(

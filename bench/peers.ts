@@ -31,12 +31,13 @@ interface Flags {
   repetitions: number;
   threads: number;
   seconds: number;
+  large?: boolean;
   only: string[];
   output: 'md' | 'jsonl';
   save?: string;
 }
 
-const ENTRIES = ['llama', 'predicted', 'exact', 'dense'];
+const ENTRIES = ['llama', 'predicted', 'exact', 'measured', 'dense'];
 const RAM_PROBE_BYTES = 2 ** 30;
 const FLASH_PROBE_SECONDS = 1;
 /** llama-bench warms up with a run of what it measures; a short one wakes threads and touches weights as well. */
@@ -66,6 +67,7 @@ function buildProgram(): Command {
         .argParser((text: string) => text.split(',').map(parseEntry))
         .default([], 'all'),
     )
+    .option('--large', 'allow shapes of tens of gigabytes')
     .addOption(new Option('-o, --output <format>', 'form of the result').choices(['md', 'jsonl']).default('md'))
     .addOption(saveOption())
     .action(bench);
@@ -82,7 +84,12 @@ async function bench(flags: Flags): Promise<void> {
   let flash: FlashLimits | null = null;
   const results: { cap: PeerCap; measured: PeerResult[] }[] = [];
   for (const cap of caps) {
-    const sizes = { threads: flags.threads, promptTokens: flags.prompt, generatedTokens: flags.gen };
+    const sizes = {
+      threads: flags.threads,
+      promptTokens: flags.prompt,
+      generatedTokens: flags.gen,
+      isLargeAllowed: flags.large === true,
+    };
     const entries = await prepareEntries(flags.shape, cap, sizes, flags.only, log);
     if (entries.length === 0) continue;
     flash ??= await probeFlash(entries[0]);

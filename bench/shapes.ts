@@ -1,6 +1,6 @@
-import type { SparseStream } from './sparse-stream.js';
+import { nearestName, Pi2Error } from '../src/base/error.js';
 
-/** A model's sizes without its weights: enough to make a synthetic checkpoint of the same shape. */
+/** A model's sizes without its weights: enough to make a synthetic model of the same shape. */
 export interface Shape {
   name: string;
   hiddenSize: number;
@@ -10,13 +10,15 @@ export interface Shape {
   neuronCount: number;
   vocabSize: number;
   contextLength: number;
-  /** `silu` fires every neuron; `drelu` (the bamboo family) only those whose gate and up are above zero. */
+  /** `silu` fires every neuron; `drelu` only those whose gate and up are above zero. */
   activation: 'silu' | 'drelu';
   /** `model_type` and `hidden_act` of config.json. */
-  modelType: 'llama' | 'mistral' | 'bamboo';
+  modelType: 'llama' | 'mistral' | 'bamboo' | 'mixtral' | 'turbosparsemixtral';
   /** Of a mixture: experts a layer, and how many of them compute a token. */
   expertCount?: number;
   expertsPerToken?: number;
+  /** Tens of gigabytes: made only where that is asked for. */
+  isLarge?: boolean;
 }
 
 const TINYLLAMA = {
@@ -39,23 +41,25 @@ const MISTRAL = {
   contextLength: 32768,
 };
 
+const MIXTRAL = { ...MISTRAL, expertCount: 8, expertsPerToken: 2, isLarge: true };
+
 export const SHAPES: readonly Shape[] = [
   { name: 'tinyllama-1.1b', ...TINYLLAMA, activation: 'silu', modelType: 'llama' },
   { name: 'tinyllama-1.1b-drelu', ...TINYLLAMA, activation: 'drelu', modelType: 'bamboo' },
   { name: 'mistral-7b', ...MISTRAL, activation: 'silu', modelType: 'mistral' },
   { name: 'mistral-7b-drelu', ...MISTRAL, activation: 'drelu', modelType: 'bamboo' },
+  { name: 'mixtral-47b', ...MIXTRAL, activation: 'silu', modelType: 'mixtral' },
+  { name: 'mixtral-47b-drelu', ...MIXTRAL, activation: 'drelu', modelType: 'turbosparsemixtral' },
 ];
 
-/** Writes one row of a tensor: `row` is its number, `values` holds random bf16 numbers that it may change. */
-export type RowWriter = (row: number, values: Uint16Array) => void;
-
-/** A tensor of a synthetic checkpoint. Weights are normal numbers of this deviation; norms are ones. */
-export interface SyntheticTensor {
-  name: string;
-  shape: readonly number[];
-  deviation: number | 'ones';
-  /** Gives rows more than randomness. */
-  writeRow?: RowWriter;
+/** The shape of this name. Throws `E_USAGE` with the nearest one. */
+export function shapeOf(name: string): Shape {
+  const found = SHAPES.find((shape) => shape.name === name);
+  if (found) return found;
+  const names = SHAPES.map((shape) => shape.name);
+  const nearest = nearestName(name, names);
+  const known = `known: ${names.join(', ')}`;
+  throw new Pi2Error('E_USAGE', `no shape is called ${name}`, nearest ? `did you mean ${nearest}? ${known}` : known);
 }
 
 /** config.json of a shape, as HuggingFace writes it. */
@@ -67,6 +71,7 @@ export function configOf(shape: Shape): object {
     num_hidden_layers: shape.layerCount,
     num_attention_heads: shape.headCount,
     num_key_value_heads: shape.kvHeadCount,
+    ...(shape.expertCount ? { num_local_experts: shape.expertCount, num_experts_per_tok: shape.expertsPerToken } : {}),
     intermediate_size: shape.neuronCount,
     vocab_size: shape.vocabSize,
     max_position_embeddings: shape.contextLength,
@@ -78,48 +83,4 @@ export function configOf(shape: Shape): object {
     bos_token_id: 1,
     eos_token_id: 2,
   };
-}
-
-/**
- * All tensors of a shape. A product of inputs of size 1 with weights of deviation 1/sqrt(inputs) has size 1 again, so
- * activations stay finite through any number of layers; what the two blocks of a layer add is kept small against the stream.
- * Of a dReLU shape neurons fire as `SparseStream` says, and it brings predictors.
- */
-export function tensorsOf(shape: Shape, stream: SparseStream | null): SyntheticTensor[] {
-  const { hiddenSize, neuronCount, vocabSize, layerCount } = shape;
-  const kvSize = (hiddenSize / shape.headCount) * shape.kvHeadCount;
-  const blockScale = 1 / Math.sqrt(2 * layerCount);
-  const matrix = (name: string, rows: number, columns: number, scale = 1, writeRow?: RowWriter): SyntheticTensor => ({
-    name: `${name}.weight`,
-    shape: [rows, columns],
-    deviation: scale / Math.sqrt(columns),
-    writeRow,
-  });
-  const norm = (name: string): SyntheticTensor => ({ name: `${name}.weight`, shape: [hiddenSize], deviation: 'ones' });
-  const layers = Array.from({ length: layerCount }, (_, i) => {
-    const layer = `model.layers.${i}`;
-    const gate = `${layer}.mlp.gate_proj`;
-    const predictor = stream && [
-      matrix(`${layer}.mlp.predictor.fc1`, stream.rank, hiddenSize, 1, stream.predictorInputs),
-      matrix(`${layer}.mlp.predictor.fc2`, neuronCount, stream.rank, 1, stream.predictorScores(i, `${gate}.weight`)),
-    ];
-    return [
-      norm(`${layer}.input_layernorm`),
-      matrix(`${layer}.self_attn.q_proj`, hiddenSize, hiddenSize),
-      matrix(`${layer}.self_attn.k_proj`, kvSize, hiddenSize),
-      matrix(`${layer}.self_attn.v_proj`, kvSize, hiddenSize),
-      matrix(`${layer}.self_attn.o_proj`, hiddenSize, hiddenSize, blockScale, stream?.outputs),
-      norm(`${layer}.post_attention_layernorm`),
-      matrix(gate, neuronCount, hiddenSize, stream?.gateScale, stream?.gates(i)),
-      matrix(`${layer}.mlp.up_proj`, neuronCount, hiddenSize),
-      matrix(`${layer}.mlp.down_proj`, hiddenSize, neuronCount, blockScale, stream?.outputs),
-      ...(predictor ?? []),
-    ];
-  });
-  return [
-    { ...matrix('model.embed_tokens', vocabSize, hiddenSize, Math.sqrt(hiddenSize), stream?.embeddings) },
-    ...layers.flat(),
-    norm('model.norm'),
-    matrix('lm_head', vocabSize, hiddenSize),
-  ];
 }

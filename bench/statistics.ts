@@ -1,18 +1,1 @@
-/** The middle of a sample, or the mean of the two in the middle. The sample is not empty. */
-export function median(sample: readonly number[]): number {
-  const sorted = Float64Array.from(sample).sort();
-  const half = sorted.length >> 1;
-  return sorted.length % 2 === 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
-}
-
-/** The arithmetic mean of a sample that is not empty. */
-export function mean(sample: readonly number[]): number {
-  return sample.reduce((total, value) => total + value, 0) / sample.length;
-}
-
-/** Standard deviation of the population that the sample is from; 0 for a sample of one. */
-export function deviation(sample: readonly number[]): number {
-  if (sample.length < 2) return 0;
-  const middle = mean(sample);
-  return Math.sqrt(sample.reduce((total, value) => total + (value - middle) ** 2, 0) / (sample.length - 1));
-}
+export { deviation, mean, median } from '../src/report/statistics.js';

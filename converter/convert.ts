@@ -16,11 +16,12 @@ import { type Heat, openHeat, writeHeat } from './activation/heat.js';
 import { checkpointDigest, isWeightFile, requireCheckpoint } from './activation/profile.js';
 import { profileStatistics } from './activation/statistics.js';
 import { Checkpoint } from './checkpoint/checkpoint.js';
+import type { TensorSource } from './checkpoint/tensor-source.js';
 import { choosePredictor, type PredictorChoice, type PredictorMode, type Quality } from './predictor/choice.js';
 import { makePredictor } from './predictor/predictor.js';
 import { type Recipe, recipeFor } from './quantize/recipe.js';
 import { bitsPerWeight, type ConvertResult } from './result.js';
-import { checkUnchanged, hashSource, type SourceState, sourceFiles, sourceStates } from './sources.js';
+import { checkUnchanged, type SourceState } from './sources.js';
 import { conversionOrder, type Plan, planExtents } from './steps/extents.js';
 import { divideMemory } from './steps/memory.js';
 import { cutPieces, encodedBytes, type Piece } from './steps/pieces.js';
@@ -76,7 +77,17 @@ const PLAN_BYTES_PER_NEURON = 16;
  * `Checkpoint.open` and `calibrate`, `E_PROFILE`, `E_USAGE`, `E_EXISTS`, `E_MEMORY`, `E_DISK_FULL`, `E_NOT_FINITE`, `E_CHANGED`, `E_IO`, and
  * `E_INTERRUPTED` when `signal` is aborted.
  */
-export async function convert(
+export function convert(
+  options: ConvertOptions,
+  onEvent: (event: ConvertEvent) => void,
+  signal: AbortSignal,
+): Promise<ConvertResult> {
+  return convertFrom(() => Checkpoint.open(options.checkpoint), options, onEvent, signal);
+}
+
+/** The same with tensors from any source: `open` is asked for it, and what it gives is closed at the end. */
+export async function convertFrom(
+  open: () => Promise<TensorSource>,
   options: ConvertOptions,
   onEvent: (event: ConvertEvent) => void,
   signal: AbortSignal,
@@ -87,7 +98,7 @@ export async function convert(
   const lock = await Lock.take(output.lockPath);
   try {
     await output.checkFree(options.force);
-    const checkpoint = await Checkpoint.open(options.checkpoint);
+    const checkpoint = await open();
     try {
       const { predictor = 'auto', quality = '1%', calibration } = options;
       const choice = choosePredictor(checkpoint, predictor, quality, calibration !== undefined);
@@ -96,7 +107,8 @@ export async function convert(
         checkpoint,
         output,
         convertPlain: async (plain) => {
-          await convert(
+          await convertFrom(
+            open,
             { ...options, output: plain, force: true, calibration: undefined, predictor: 'none' },
             onEvent,
             signal,
@@ -121,7 +133,7 @@ export async function convert(
 }
 
 async function convertCheckpoint(
-  checkpoint: Checkpoint,
+  checkpoint: TensorSource,
   output: Output,
   options: ConvertOptions,
   heat: Heat | null,
@@ -132,7 +144,7 @@ async function convertCheckpoint(
   const started = performance.now();
   const { model, directory } = checkpoint;
   const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings);
-  const states = await sourceStates(directory, sourceFiles(checkpoint));
+  const states = await checkpoint.states();
   const textBytes = sum(
     states.filter((state) => checkpoint.textFiles.includes(state.file)).map((state) => state.bytes),
   );
@@ -176,7 +188,7 @@ async function convertCheckpoint(
       await writeHeat(plan, heat, targets[RESIDENT_FILE], output);
       await checkSizes(plan, targets);
       for (const file of checkpoint.textFiles) await copySynced(join(directory, file), output.partial(file));
-      await checkUnchanged(directory, states);
+      await checkUnchanged(checkpoint, states);
     } finally {
       for (const file of Object.values(targets)) await file.close();
     }
@@ -300,7 +312,7 @@ async function holdsWhatIsRecorded(output: Output, plan: Plan, progress: Progres
  * Throws `E_PROFILE` if it is not.
  */
 async function hashSources(
-  checkpoint: Checkpoint,
+  checkpoint: TensorSource,
   states: SourceState[],
   progress: Progress,
   journal: Journal,
@@ -311,7 +323,7 @@ async function hashSources(
   const hash = async (state: SourceState) => {
     const known = progress.hashes.get(state.file);
     if (known) return { file: state.file, sha256: known };
-    const sha256 = await hashSource(directory, state, signal);
+    const sha256 = await checkpoint.hash(state, signal);
     await journal.record({ source: state.file, sha256 });
     progress.hashes.set(state.file, sha256);
     return { file: state.file, sha256 };

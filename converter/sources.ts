@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { open, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fileError, Pi2Error } from '../src/base/error.js';
-import type { Checkpoint } from './checkpoint/checkpoint.js';
+import type { TensorSource } from './checkpoint/tensor-source.js';
 
 const BUFFER_BYTES = 1024 * 1024;
 
@@ -14,7 +14,7 @@ export interface SourceState {
   modified_ns: string;
 }
 
-/** Size and time of change of each file of a checkpoint. */
+/** Size and time of change of each file of a directory. */
 export async function sourceStates(directory: string, files: readonly string[]): Promise<SourceState[]> {
   return Promise.all(
     files.map(async (file) => {
@@ -28,13 +28,11 @@ export async function sourceStates(directory: string, files: readonly string[]):
 }
 
 /** Throws `E_CHANGED` if a file is no longer in the state it was in. */
-export async function checkUnchanged(directory: string, before: readonly SourceState[]): Promise<void> {
-  const now = await sourceStates(
-    directory,
-    before.map((state) => state.file),
-  );
+export async function checkUnchanged(source: TensorSource, before: readonly SourceState[]): Promise<void> {
+  const now = await source.states();
   for (const [i, state] of before.entries()) {
-    if (state.bytes !== now[i].bytes || state.modified_ns !== now[i].modified_ns) throw changed(directory, state.file);
+    const isSame = state.bytes === now[i].bytes && state.modified_ns === now[i].modified_ns;
+    if (!isSame) throw changed(source.directory, state.file);
   }
 }
 
@@ -74,9 +72,4 @@ function changed(directory: string, file: string): Pi2Error {
     `${join(directory, file)} has changed while it was converted`,
     'run the command again when nothing writes to the checkpoint any more',
   );
-}
-
-/** Every file that a model is made of. */
-export function sourceFiles(checkpoint: Checkpoint): string[] {
-  return [...new Set([...checkpoint.sources.map((source) => source.file), ...checkpoint.textFiles])];
 }

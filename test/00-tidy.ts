@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import type { Command } from 'commander';
 import t from 'tap';
 import { ERROR_CODES, EXIT } from '../src/base/error.js';
+import { benchCommand } from '../src/cli/bench.js';
 import { convertCommand } from '../src/cli/convert.js';
 import { evalCommand } from '../src/cli/eval.js';
 import { inspectCommand } from '../src/cli/inspect.js';
@@ -43,6 +44,7 @@ const commands = [
   evalCommand(),
   perplexityCommand(),
   profileCommand(),
+  benchCommand(),
   inspectCommand(),
   verifyCommand(),
 ];

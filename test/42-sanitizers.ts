@@ -28,11 +28,26 @@ const KERNELS: Record<string, Record<string, string[]>> = {
   arm64: { neon: ['-march=armv8.2-a+dotprod+fp16'] },
 };
 const kernels = KERNELS[process.arch] ?? {};
-const POOL = ['base/thread_pool', 'base/thread_pool_test'];
-const TRAINING = ['base/memory', 'base/thread_pool', 'predictor/product', 'predictor/train', 'predictor/train_test'];
+const POOL = ['base/trace', 'base/thread_pool', 'base/thread_pool_test'];
+const TRAINING = [
+  'base/memory',
+  'base/trace',
+  'base/thread_pool',
+  'predictor/product',
+  'predictor/train',
+  'predictor/train_test',
+];
 /** All that an engine needs; base/memory_test.cc is in place of base/memory.cc. */
 const ENGINE = [
-  ...['base/crc32', 'base/memory_test', 'base/threads', 'base/thread_pool', 'quantize/encode'],
+  ...[
+    'base/bandwidth',
+    'base/crc32',
+    'base/memory_test',
+    'base/threads',
+    'base/trace',
+    'base/thread_pool',
+    'quantize/encode',
+  ],
   ...['cache', 'engine', 'storage'].flatMap((folder) =>
     readdirSync(join(REPOSITORY, 'native', folder))
       .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))

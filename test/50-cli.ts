@@ -21,7 +21,7 @@ buildProgram();
 const scratch = t.testdir();
 const model = await makeModel(scratch, { family: 'llama', context: 200, config: { eos_token_id: [] } });
 const moe = await makeModel(scratch, { family: 'turbosparsemixtral', hidden: 192, headDim: 32, neurons: 50 }, 'q4');
-const COMMANDS = ['convert', 'run', 'eval', 'perplexity', 'inspect', 'verify'];
+const COMMANDS = ['convert', 'run', 'eval', 'perplexity', 'bench', 'inspect', 'verify'];
 
 t.test('help: every command, with examples and exit statuses', async (t) => {
   const help = await runCli('--help');
@@ -204,6 +204,14 @@ t.test('a reader that goes away ends the program quietly', async (t) => {
   const { status, stderr } = await finish(child);
   t.equal(status, 0);
   t.notMatch(stderr, /error|EPIPE/);
+});
+
+t.test('so does one that goes away before help is printed', async (t) => {
+  for (const args of [['--help'], ['bench', '--help'], ['--version']]) {
+    const child = startCli(args);
+    child.stdout?.destroy();
+    t.match(await finish(child), { status: 0, stderr: '' }, args.join(' '));
+  }
 });
 
 t.test('eval: the logits of every position, as run sees them', async (t) => {

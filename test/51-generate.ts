@@ -418,6 +418,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     stopReason: 'length',
     seed: 7,
     pageCacheBytes: 4096,
+    roof: { memory: 1e6, flash: 1e5 },
   } as const;
   const report = runReport({ ...facts, countersAfterPrompt: counters(20, 500), counters: counters(22, 900) });
   t.match(report, {
@@ -456,12 +457,23 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     row_stall_ms_per_token: 3,
     stall_ms_per_token: 4,
     stall_share: 0.1,
+    kv_bytes_per_token: 0,
+    memory_bytes_per_second: 10_000,
+    memory_bandwidth_bytes_per_second: 1e6,
+    memory_bandwidth_share: 0.01,
+    flash_bytes_per_second: 10_000,
+    flash_bandwidth_bytes_per_second: 1e5,
+    flash_bandwidth_share: 0.1,
     seed: 7,
     version: /^\d+\.\d+\.\d+$/,
     commit: /^([0-9a-f]{40}|unknown)$/,
   });
   t.ok(report.peak_memory_bytes > 10e6);
   t.match(formatRunReport(report), /decode +3 tokens, 50\.00 tokens\/s\n/);
+  t.match(
+    formatRunReport(report),
+    /roofline +0\.00 of 0\.00 GB\/s memory \(1 %\), 0\.00 of 0\.00 GB\/s flash \(10 %\)/,
+  );
   t.match(formatRunReport(report), /neurons found +hot 50\.0 %, cold 25\.0 %, on flash 25\.0 %/);
   t.match(formatRunReport(report), /neurons kept +gates 1000 B \(50\.0 %\), hot 0 B, cold 2\.00 KiB \(25\.0 %\)/);
   const point = { kept_share: 0.25, perplexity: 10.1 };

@@ -6,6 +6,7 @@ import { generateCheckpoint } from '../bench/generate.js';
 import { measureModel } from '../bench/measure.js';
 import { SHAPES, type Shape } from '../bench/shapes.js';
 import { deviation, mean, median } from '../bench/statistics.js';
+import { SyntheticCheckpoint } from '../bench/synthetic-checkpoint.js';
 import { convert } from '../converter/convert.js';
 import { Engine } from '../src/engine/engine.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
@@ -17,18 +18,23 @@ function small(name: string): Shape {
   return { ...shape, ...SMALL, contextLength: 64 };
 }
 
+/** A synthetic checkpoint, written to disk. */
+async function write(shape: Shape, directory: string, seed = 1): Promise<boolean> {
+  const setting = shape.activation === 'drelu' ? 'published' : null;
+  return generateCheckpoint(new SyntheticCheckpoint({ shape, setting, seed }, directory));
+}
+
 t.test('a synthetic checkpoint has the same bytes each time, other ones for another seed', async (t) => {
   const directory = t.testdir();
   const shape = small('tinyllama-1.1b');
   const make = async (name: string, seed: number) => {
-    t.equal(await generateCheckpoint(shape, seed, join(directory, name)), true);
+    t.equal(await write(shape, join(directory, name), seed), true);
     return shards(join(directory, name));
   };
   const first = await make('a', 1);
   t.strictSame(await make('b', 1), first);
   t.notSame(await make('c', 2), first);
-  t.equal(await generateCheckpoint(shape, 1, join(directory, 'a')), false, 'a complete one is left as it is');
-  t.equal(await generateCheckpoint(shape, 3, join(directory, 'a')), true, 'one of another seed is made anew');
+  t.equal(await write(shape, join(directory, 'a'), 3), true, 'one of another seed is made anew');
 });
 
 for (const { name, activation } of SHAPES) {
@@ -36,7 +42,7 @@ for (const { name, activation } of SHAPES) {
     const directory = t.testdir();
     const checkpoint = join(directory, 'checkpoint');
     const output = join(directory, 'model.pi2');
-    await generateCheckpoint(small(name), 1, checkpoint);
+    await write(small(name), checkpoint);
     const options = { checkpoint, output, quantization: 'q4' as const, maxMemoryBytes: 2 ** 30, force: false };
     await convert(options, () => {}, new AbortController().signal);
     const model = await openModelDirectory(output);
@@ -54,7 +60,7 @@ for (const { name, activation } of SHAPES) {
 
 t.test('measures what was asked for', async (t) => {
   const directory = t.testdir();
-  await generateCheckpoint(small('tinyllama-1.1b-drelu'), 1, join(directory, 'checkpoint'));
+  await write(small('tinyllama-1.1b-drelu'), join(directory, 'checkpoint'));
   const output = join(directory, 'model.pi2');
   const options = { checkpoint: join(directory, 'checkpoint'), output, quantization: 'q8' as const };
   await convert({ ...options, maxMemoryBytes: 2 ** 30, force: false }, () => {}, new AbortController().signal);

@@ -4,9 +4,8 @@ import { Pi2Error } from '../../src/base/error.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { FORMAT_VERSION, PROFILE_FILE, type QuantizationName } from '../../src/format/manifest.js';
 import { profileShape } from '../../src/format/profile-header.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import { recipeFor } from '../quantize/recipe.js';
-import { sourceFiles, sourceStates } from '../sources.js';
 import { type HeatOrderExtent, type Plan, planExtents } from '../steps/extents.js';
 import { CONVERTER } from '../write/manifest.js';
 import { type Output, type OutputFile, writeSynced } from '../write/output.js';
@@ -32,7 +31,7 @@ export function orderBytes({ order }: HeatOrderExtent): Uint8Array {
 
 /** Where a conversion gets its heat order from. */
 export interface HeatRequest {
-  checkpoint: Checkpoint;
+  checkpoint: TensorSource;
   output: Output;
   quantization: QuantizationName;
   maxMemoryBytes: number;
@@ -77,7 +76,7 @@ async function makeProfile(request: HeatRequest, textPath: string): Promise<stri
     format_version: FORMAT_VERSION,
     recipe,
     checkpoint: resolve(directory),
-    sources: await sourceStates(directory, sourceFiles(checkpoint)),
+    sources: await checkpoint.states(),
   };
   const plan = planExtents(model, recipe);
   const own = output.calibrationPath;

@@ -1,12 +1,14 @@
 import type { FileHandle } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
 import { Pi2Error } from '../../src/base/error.js';
+import { hashSource, type SourceState, sourceStates } from '../sources.js';
 import { Config } from './config.js';
 import { readHyperparameters } from './families.js';
 import { CONFIG_FILE, findFiles, GENERATION_FILE, openFile, readJsonObject } from './files.js';
 import type { SourceModel, SourceTensor } from './model.js';
 import { findPredictors, type SourcePredictor } from './predictors.js';
 import { quoted, readFully, readHeader } from './safetensors.js';
+import type { TensorSource } from './tensor-source.js';
 import { findTensors, type LocatedTensor } from './tensors.js';
 
 /** A file of the checkpoint that decides what the model is. */
@@ -20,7 +22,7 @@ export interface Source {
  * A HuggingFace checkpoint directory, opened: everything is checked but the weights themselves, which are read piece by
  * piece. Holds its weight files open until `close`.
  */
-export class Checkpoint {
+export class Checkpoint implements TensorSource {
   /** As given to `open`. */
   readonly directory: string;
   /** Name of the directory, which becomes the model's. */
@@ -99,6 +101,16 @@ export class Checkpoint {
   /** The predictors that it brings, for each layer and expert, or null. Throws `E_TENSOR` if they are not whole. */
   predictors(): SourcePredictor[][] | null {
     return findPredictors(this.model.hyperparameters, this.#tensors);
+  }
+
+  states(): Promise<SourceState[]> {
+    const files = new Set([...this.sources.map((source) => source.file), ...this.textFiles]);
+    return sourceStates(this.directory, [...files]);
+  }
+
+  /** Throws `E_CHANGED` if the file has not the size it had, and the signal's reason when that is aborted. */
+  hash(state: SourceState, signal: AbortSignal): Promise<string> {
+    return hashSource(this.directory, state, signal);
   }
 
   async close(): Promise<void> {

@@ -1,6 +1,6 @@
 import { Pi2Error } from '../../src/base/error.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 
 /** What `convert --predictor` takes. */
 export const PREDICTOR_MODES = ['auto', 'checkpoint', 'train', 'none'] as const;
@@ -23,7 +23,7 @@ export interface PredictorChoice {
  * any, else trains some, where neurons are sparse and there is a text to judge on. Throws `E_USAGE` for what cannot be asked.
  */
 export function choosePredictor(
-  checkpoint: Checkpoint,
+  checkpoint: TensorSource,
   mode: PredictorMode,
   quality: Quality,
   hasText: boolean,

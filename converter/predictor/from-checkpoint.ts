@@ -1,8 +1,8 @@
 import { Pi2Error } from '../../src/base/error.js';
 import type { NativeAddon, PredictorNumbers } from '../../src/engine/contract.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
 import type { SourceTensor } from '../checkpoint/model.js';
 import type { SourcePredictor } from '../checkpoint/predictors.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import { rowPlacement } from '../steps/pieces.js';
 
 /**
@@ -11,7 +11,7 @@ import { rowPlacement } from '../steps/pieces.js';
  */
 export async function readPredictor(
   addon: NativeAddon,
-  checkpoint: Checkpoint,
+  checkpoint: TensorSource,
   { fc1, fc2, rank: own }: SourcePredictor,
   order: Uint32Array | null,
   rank: number,
@@ -30,7 +30,7 @@ export async function readPredictor(
 }
 
 /** A matrix of the checkpoint as floats. */
-async function readMatrix(addon: NativeAddon, checkpoint: Checkpoint, tensor: SourceTensor): Promise<Float32Array> {
+async function readMatrix(addon: NativeAddon, checkpoint: TensorSource, tensor: SourceTensor): Promise<Float32Array> {
   const [rows, columns] = tensor.shape;
   const source = new Uint8Array(checkpoint.bytes(tensor));
   await checkpoint.read(tensor, 0, source);

@@ -3,7 +3,7 @@ import { Pi2Error } from '../../src/base/error.js';
 import type { NativeAddon, PredictorNumbers } from '../../src/engine/contract.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
 import type { BundleLayout } from '../../src/format/layout.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import { type JudgedBank, type LayerCurve, LEVELS, measureCurve } from './curve.js';
 import { decodeLayer, type EncodedLayer, encodeLayer, type PredictorEncodings, predictorBytes } from './encode.js';
 import { readPredictor } from './from-checkpoint.js';
@@ -89,7 +89,7 @@ export async function judgeLayer(shop: LayerWorkshop, layer: number, encoded: En
 export async function takeLayer(
   shop: LayerWorkshop,
   layer: number,
-  checkpoint: Checkpoint,
+  checkpoint: TensorSource,
   order: Uint32Array | null,
 ): Promise<EncodedLayer> {
   const sources = (checkpoint.predictors() ?? [])[layer];

@@ -14,7 +14,7 @@ import {
 import { ModelDirectory } from '../../src/format/model-directory.js';
 import { TextTokenizer } from '../../src/text/tokenizer.js';
 import { cutText, PROFILE_CONTEXT } from '../activation/profiler.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import type { Output } from '../write/output.js';
 import { type CalibrationText, holdOut } from './calibration-text.js';
 import type { PredictorChoice } from './choice.js';
@@ -40,7 +40,7 @@ const NOTE_INTERVAL_MS = 10_000;
 const WORK = 'predictor.work';
 
 export interface MakePredictorRequest {
-  checkpoint: Checkpoint;
+  checkpoint: TensorSource;
   output: Output;
   /** Of the finished files, without a predictor. */
   manifest: Manifest;

@@ -1,4 +1,4 @@
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import { numberBytes } from './extents.js';
 import { type Load, loadBytes } from './pieces.js';
 
@@ -25,13 +25,13 @@ function* rowSpans({ rowList, firstRow, rows, columns }: Load, width: number): G
 
 /** Reads loads one after another, always one ahead of what is asked for, into two chunks that it owns. */
 export class ReadAhead {
-  readonly #checkpoint: Checkpoint;
+  readonly #checkpoint: TensorSource;
   readonly #loads: readonly Load[];
   readonly #chunks: Uint8Array[];
   #started = 0;
   #ahead: Promise<Uint8Array> | undefined;
 
-  constructor(checkpoint: Checkpoint, loads: readonly Load[]) {
+  constructor(checkpoint: TensorSource, loads: readonly Load[]) {
     this.#checkpoint = checkpoint;
     this.#loads = loads;
     const bytes = loads.reduce((most, load) => Math.max(most, loadBytes(load)), 0);

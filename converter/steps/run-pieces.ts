@@ -3,7 +3,7 @@ import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine
 import { nativeLayout } from '../../src/engine/engine-request.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
-import type { Checkpoint } from '../checkpoint/checkpoint.js';
+import type { TensorSource } from '../checkpoint/tensor-source.js';
 import type { Journal, PieceRecord, Progress } from '../write/journal.js';
 import type { OutputFile } from '../write/output.js';
 import type { NeuronExtent } from './extents.js';
@@ -13,7 +13,7 @@ import { ReadAhead } from './read-ahead.js';
 /** What the steps of a conversion work with. */
 export interface Workshop {
   addon: NativeAddon;
-  checkpoint: Checkpoint;
+  checkpoint: TensorSource;
   files: Record<typeof RESIDENT_FILE | typeof NEURONS_FILE, OutputFile>;
   journal: Journal;
   /** Records so far; gets those to come. */
@@ -78,27 +78,45 @@ async function encode(load: Load, source: Uint8Array, target: Uint8Array, shop: 
   if (bad) throw badNumberError(load, bad);
 }
 
-/** Checksums a piece, writes it, and records it in the journal once it is on disk. */
+/** Checksums a piece and writes it, at the same time, and records it in the journal once it is on disk. */
 async function finish(piece: Piece, target: Uint8Array, shop: Workshop): Promise<void> {
   const { extent } = piece;
   const before = shop.progress.pieces.get(extent.name);
-  const crc = await shop.addon.crc32(target.subarray(0, piece.end - piece.begin), seedOf(before?.crc32));
-  const record: PieceRecord = { extent: extent.name, done: piece.end, crc32: crc32Text(crc) };
   const file = shop.files[extent.file];
-  await file.write(target, extent.offset + piece.begin);
-  if (extent.kind === 'neurons') {
-    const { begin, end } = checksumRange(piece);
-    const { checksums } = extent;
-    const bytes = Buffer.alloc((end === checksums.bytes ? roundUpToPage(end) : end) - begin);
-    await fillChecksums(piece, extent, target, bytes, shop);
-    await shop.files[RESIDENT_FILE].write(bytes, checksums.offset + begin);
-    const sums = await shop.addon.crc32(bytes.subarray(0, end - begin), seedOf(before?.checksums_crc32));
-    record.checksums_crc32 = crc32Text(sums);
-    await shop.files[RESIDENT_FILE].sync();
-  }
-  await file.sync();
+  const [crc, sums] = await settled(
+    shop.addon.crc32(target.subarray(0, piece.end - piece.begin), seedOf(before?.crc32)),
+    extent.kind === 'neurons' ? writeChecksums(piece, extent, target, seedOf(before?.checksums_crc32), shop) : null,
+    file.write(target, extent.offset + piece.begin).then(() => file.sync()),
+  );
+  const record: PieceRecord = { extent: extent.name, done: piece.end, crc32: crc32Text(crc) };
+  if (sums !== null) record.checksums_crc32 = crc32Text(sums);
   await shop.journal.record(record);
   shop.progress.pieces.set(extent.name, record);
+}
+
+/** What the tasks come to, once all have ended: their memory is used again. Throws what the first that failed did. */
+async function settled<T extends readonly unknown[]>(...tasks: T): Promise<{ [i in keyof T]: Awaited<T[i]> }> {
+  const results = await Promise.allSettled(tasks);
+  for (const result of results) if (result.status === 'rejected') throw result.reason;
+  return Promise.all(tasks) as Promise<{ [i in keyof T]: Awaited<T[i]> }>;
+}
+
+/** Writes the checksums of a piece's neurons; returns the CRC-32 of the layer's so far. */
+async function writeChecksums(
+  piece: Piece,
+  extent: NeuronExtent,
+  target: Uint8Array,
+  seed: number,
+  shop: Workshop,
+): Promise<number> {
+  const { begin, end } = checksumRange(piece);
+  const { checksums } = extent;
+  const bytes = Buffer.alloc((end === checksums.bytes ? roundUpToPage(end) : end) - begin);
+  await fillChecksums(piece, extent, target, bytes, shop);
+  const file = shop.files[RESIDENT_FILE];
+  await file.write(bytes, checksums.offset + begin);
+  await file.sync();
+  return shop.addon.crc32(bytes.subarray(0, end - begin), seed);
 }
 
 async function fillChecksums(

@@ -1,6 +1,5 @@
 #include "native/addon/engine_object.h"
 
-#include <sched.h>
 #include <sys/resource.h>
 
 #include <atomic>
@@ -11,10 +10,9 @@
 #include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
 #include "native/addon/task.h"
-#include "native/base/bandwidth.h"
+#include "native/addon/trace_calls.h"
 #include "native/engine/engine.h"
 #include "native/engine/streamed_experts.h"
-#include "native/kernels/dispatch.h"
 
 namespace pi2 {
 namespace {
@@ -30,6 +28,7 @@ struct SharedEngine {
 };
 
 Status closed() { return Status::argument("the engine is closed"); }
+Status busy() { return {StatusCode::kBusy, "the engine is computing a step; wait for it"}; }
 
 class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
@@ -37,7 +36,9 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     return DefineClass(
         env, "NativeEngine",
         {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
-         InstanceMethod<&EngineObject::counters>("counters"), InstanceMethod<&EngineObject::close>("close")});
+         InstanceMethod<&EngineObject::counters>("counters"),
+         InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
+         InstanceMethod<&EngineObject::drain_trace>("drainTrace"), InstanceMethod<&EngineObject::close>("close")});
   }
 
   /** Only openEngine constructs it, with the engine as an External. */
@@ -80,7 +81,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
     if (closed_) return Task::refuse(env, closed());
     if (shared_->busy.exchange(true)) {
-      return Task::refuse(env, Status(StatusCode::kBusy, "the engine is computing a step; wait for it"));
+      return Task::refuse(env, busy());
     }
     Napi::Int32Array tokens = tokens_value.As<Napi::Int32Array>();
     Napi::Float32Array logits = logits_value.As<Napi::Float32Array>();
@@ -192,6 +193,43 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
       object.Set("stream", stream);
     }
     return object;
+  }
+
+  Napi::Value measure_bandwidths(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    Fields fields(info[0]);
+    const size_t flash_read_bytes = fields.size("flashReadBytes");
+    if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+    if (closed_) return Task::refuse(env, closed());
+    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
+    auto found = std::make_shared<Bandwidths>();
+    return Task::run(
+        env, {},
+        [shared = shared_, flash_read_bytes, found] {
+          const std::lock_guard<std::mutex> lock(shared->lock);
+          *found = shared->engine->measure_bandwidths(flash_read_bytes);
+          shared->busy.store(false);
+          shared->busy.notify_all();
+          return Status::ok();
+        },
+        [found](Napi::Env e) {
+          Napi::Object object = Napi::Object::New(e);
+          const auto set = [&](const char* name, double rate) {
+            object.Set(name, rate > 0 ? Napi::Number::New(e, rate) : e.Null());
+          };
+          set("memory", found->memory);
+          set("flash", found->flash);
+          return object;
+        });
+  }
+
+  Napi::Value drain_trace(const Napi::CallbackInfo& info) {
+    if (closed_) {
+      to_error(info.Env(), closed()).ThrowAsJavaScriptException();
+      return info.Env().Undefined();
+    }
+    const std::lock_guard<std::mutex> lock(shared_->lock);
+    return drained_trace(info.Env(), shared_->engine->trace());
   }
 
   Napi::Value close(const Napi::CallbackInfo& info) {
@@ -362,6 +400,7 @@ EngineConfig read_config(Fields& fields) {
   if (fields.has("stream")) read_stream(fields, &config.stream);
   if (fields.has("predictor")) read_predictor(fields, &config.predictor);
   config.mapped = fields.has("mapped") && fields.boolean("mapped");
+  config.trace_records = fields.size_or("traceRecords", 0);
   return config;
 }
 
@@ -402,42 +441,12 @@ Napi::Value memory_needed_call(const Napi::CallbackInfo& info) {
   return object;
 }
 
-Napi::Value cpu_call(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  Napi::Array sets = Napi::Array::New(env);
-  for (const Kernels* kernels : available_kernels()) sets.Set(sets.Length(), Napi::String::New(env, kernels->name));
-  Napi::Array features = Napi::Array::New(env);
-  for (const std::string& feature : cpu_features()) features.Set(features.Length(), Napi::String::New(env, feature));
-  cpu_set_t allowed;
-  const int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
-  Napi::Object object = Napi::Object::New(env);
-  object.Set("kernelSets", sets);
-  object.Set("features", features);
-  object.Set("cores", Napi::Number::New(env, cores));
-  return object;
-}
-
-Napi::Value measure_read_bandwidth_call(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  Fields fields(info[0]);
-  const size_t threads = fields.size("threads");
-  const size_t bytes = fields.size("bytes");
-  if (threads == 0 || threads > 1024 || bytes < 1 << 20) fields.fail("threads must be 1 to 1024, bytes at least 1 MiB");
-  if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
-  auto rate = std::make_shared<double>(0);
-  return Task::run(
-      env, {}, [threads, bytes, rate] { return measure_read_bandwidth(threads, bytes, rate.get()); },
-      [rate](Napi::Env e) { return Napi::Number::New(e, *rate); });
-}
-
 }  // namespace
 
 void export_engine_calls(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Napi::FunctionReference(Napi::Persistent(EngineObject::define(env))));
-  exports.Set("cpu", Napi::Function::New(env, cpu_call));
   exports.Set("openEngine", Napi::Function::New(env, open_engine_call));
   exports.Set("memoryNeeded", Napi::Function::New(env, memory_needed_call));
-  exports.Set("measureReadBandwidth", Napi::Function::New(env, measure_read_bandwidth_call));
 }
 
 }  // namespace pi2

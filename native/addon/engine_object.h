@@ -3,7 +3,7 @@
 
 namespace pi2 {
 
-/** cpu, openEngine and measureReadBandwidth of src/engine/contract.ts. */
+/** openEngine and memoryNeeded of src/engine/contract.ts. */
 void export_engine_calls(Napi::Env env, Napi::Object exports);
 
 }  // namespace pi2

@@ -13,7 +13,7 @@ constexpr uint32_t unclaimed_of(uint64_t ticket) { return static_cast<uint32_t>(
 
 }  // namespace
 
-ThreadPool::ThreadPool(size_t threads) {
+ThreadPool::ThreadPool(size_t threads, Trace* trace) : trace_(trace) {
   for (size_t i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
 }
 
@@ -45,18 +45,23 @@ void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* c
 }
 
 void ThreadPool::work_on(uint32_t region, size_t thread) {
+  // What thread 0 does has spans of its own.
+  TraceRegion traced(thread == 0 ? nullptr : trace_);
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   while (region_of(ticket) == region && unclaimed_of(ticket) > 0) {
     if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
     // The region cannot end before this chunk is finished, so the work read here is its own.
     const uint32_t chunk = chunks_.load(std::memory_order_relaxed) - unclaimed_of(ticket);
+    traced.begin_chunk();
     function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), chunk, thread);
+    traced.end_chunk();
     finished_.fetch_add(1, std::memory_order_release);
     ticket = ticket_.load(std::memory_order_acquire);
   }
 }
 
 void ThreadPool::worker(size_t thread) {
+  trace_thread = static_cast<uint16_t>(thread);
   uint32_t seen = 0;
   while (true) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);

@@ -13,17 +13,20 @@
 #include <thread>
 #include <vector>
 
+#include "native/base/trace.h"
+
 namespace pi2 {
 
 class ThreadPool {
  public:
-  /** `threads` counts the caller; at least 1. */
-  explicit ThreadPool(size_t threads);
+  /** `threads` counts the caller; at least 1. `trace` gets what they do; null: nothing is recorded. */
+  explicit ThreadPool(size_t threads, Trace* trace = nullptr);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   size_t threads() const { return workers_.size() + 1; }
+  Trace* trace() const { return trace_; }
 
   /**
    * Runs work(chunk, thread) for every chunk in [0, chunks), on any thread, in any order; returns when all are done. Not
@@ -45,6 +48,7 @@ class ThreadPool {
   void work_on(uint32_t region, size_t thread);
   void worker(size_t thread);
 
+  Trace* const trace_;
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<uint32_t> finished_{0};
   alignas(64) std::atomic<uint32_t> sleepers_{0};

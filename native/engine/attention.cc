@@ -150,6 +150,7 @@ void Attention::attend(const LayerWeights& w, const KvCache::Layer& cache, size_
 
 void Attention::compute(const LayerWeights& w, const KvCache& cache, size_t layer_index, const Activations& x, size_t tokens,
                         size_t position, float* out, size_t out_stride) {
+  const TraceSpan span(pool_->trace(), TraceStage::kAttention);
   const KvCache::Layer& layer = cache.layer(layer_index);
   const size_t window = config_->windows[layer_index];
   const size_t heads = config_->head_count;

@@ -115,6 +115,8 @@ struct EngineConfig {
   PredictorConfig predictor;
   /** Files are mapped and every neuron is computed: a baseline, without stream and predictor. */
   bool mapped = false;
+  /** Records of each thread's trace; 0: nothing is traced. */
+  size_t trace_records = 0;
 
   size_t query_size() const { return head_count * head_dim; }
   size_t kv_size() const { return kv_head_count * head_dim; }

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "native/base/bandwidth.h"
 #include "native/engine/load.h"
 #include "native/engine/mapped_experts.h"
 #include "native/engine/norm.h"
@@ -22,7 +23,7 @@ Status check(const EngineConfig& c) {
   // Tight enough that no product of them overflows, here or in any allocation.
   if (c.hidden_size > 1 << 20 || c.layer_count > 1 << 12 || c.head_count > 1 << 11 || c.head_dim > 1 << 11 ||
       c.neuron_count > 1 << 24 || c.vocab_size > 1 << 26 || c.context_length > 1 << 26 || c.threads > 1024 ||
-      c.batch_size > 1 << 14 || c.expert_count > 1 << 14) {
+      c.batch_size > 1 << 14 || c.trace_records > 1 << 24 || c.expert_count > 1 << 14) {
     return Status::argument("a size is absurd");
   }
   if (c.head_count % c.kv_head_count != 0) return Status::argument("headCount must be a multiple of kvHeadCount");
@@ -38,7 +39,7 @@ Status check(const EngineConfig& c) {
 }
 
 /** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
-constexpr size_t kPieces = 15;
+constexpr size_t kPieces = 16;
 /** Of more tokens nearly every neuron is wanted by one of them: there is nothing to guess. */
 constexpr size_t kPrefetchTokens = 4;
 std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
@@ -66,7 +67,8 @@ std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
           Activations::quantized_bytes(hidden, guessed),
           Activations::float_bytes(hidden, guessed_routed),
           Activations::quantized_bytes(hidden, guessed_routed),
-          Predictor::scratch_bytes(config)};
+          (Predictor::scratch_bytes(config) + 63) / 64 * 64,
+          Trace::bytes_needed(config.threads, config.trace_records)};
 }
 
 }  // namespace
@@ -127,7 +129,8 @@ Status Engine::allocate() {
   };
   const size_t hidden = config_.hidden_size;
   const size_t heads = config_.query_size();
-  pool_ = std::make_unique<ThreadPool>(config_.threads);
+  if (config_.trace_records > 0) trace_.emplace(pieces[15], config_.threads, config_.trace_records);
+  pool_ = std::make_unique<ThreadPool>(config_.threads, trace());
   hidden_ = reinterpret_cast<float*>(pieces[0]);
   update_ = reinterpret_cast<float*>(pieces[1]);
   normed_ = activations(2, hidden);
@@ -152,6 +155,7 @@ Status Engine::allocate() {
 }
 
 void Engine::embed(const int32_t* tokens, size_t count, size_t position) {
+  const TraceSpan span(trace(), TraceStage::kEmbed);
   const size_t stride = normed_.stride();
   for (size_t t = 0; t < count; t++) {
     float* x = hidden_ + t * stride;
@@ -197,6 +201,7 @@ const Activations* Engine::predictor_input(size_t count, bool exact) {
 void Engine::prefetch(size_t index, size_t count) {
   // Of a mixture of experts it is not known yet which will be used.
   if (streamed_ == nullptr || config_.stream.prefetch_bytes == 0 || config_.expert_count > 1) return;
+  const TraceSpan span(trace(), TraceStage::kPrefetch);
   const LayerWeights& layer = weights_.layers[index];
   if (config_.predictor.input == PredictorInput::kFfnNorm) normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
   const Activations* x = predictor_input(count, false);
@@ -207,6 +212,8 @@ void Engine::prefetch(size_t index, size_t count) {
 Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record) {
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
+  if (Trace* traced = trace()) traced->set_layer(static_cast<uint32_t>(index));
+  const TraceSpan span(trace(), TraceStage::kLayer);
   if (config_.predictor.enabled() && !exact && count <= kPrefetchTokens) prefetch(index, count);
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
   attention_.compute(layer, cache_, index, normed_, count, position, update_, stride);
@@ -222,6 +229,7 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact
     const float* input = record.residual_inputs ? hidden_ + t * stride : normed_.token(t);
     std::copy_n(input, config_.hidden_size, record.inputs + t * inputs_per_token() + index * config_.hidden_size);
   }
+  const TraceSpan ffn(trace(), TraceStage::kFfn);
   Status status =
       ffn_.compute(index, layer, normed_, predictor_input(count, exact), count, update_, stride,
                    record.fired == nullptr ? nullptr : record.fired + index * layer_bytes, fired_bytes_per_token());
@@ -231,6 +239,7 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact
 }
 
 void Engine::compute_logits(size_t first, size_t count, float* logits) {
+  const TraceSpan span(trace(), TraceStage::kHead);
   // The wanted tokens move to the front, where the norm looks for them.
   if (first > 0) {
     for (size_t t = 0; t < count; t++) {
@@ -266,6 +275,7 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     if (streamed_ != nullptr) return Status::argument("activations are recorded only with every neuron in memory");
     std::fill_n(record.activations, count * activations_per_token(), 0.0f);
   }
+  const TraceSpan span(trace(), TraceStage::kStep, count);
   // Whatever happens below, positions from here on no longer hold what they held.
   filled_ = position;
   for (size_t done = 0; done < count;) {
@@ -277,6 +287,7 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
       // The positions of this batch stay unfilled: the next step may begin there again.
       if (!status.is_ok()) return status;
     }
+    if (Trace* traced = trace()) traced->set_layer(TraceRecord::kNoLayer);
     if (record.fired != nullptr) record.fired += batch * fired_bytes_per_token();
     if (record.routed != nullptr) record.routed += batch * routed_bytes_per_token();
     if (record.inputs != nullptr) record.inputs += batch * inputs_per_token();
@@ -293,6 +304,13 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
     tokens_ += batch;
   }
   return Status::ok();
+}
+
+Bandwidths Engine::measure_bandwidths(size_t flash_read_bytes) {
+  Bandwidths found;
+  found.memory = measure_read_bandwidth(*pool_, weights_.memory());
+  if (streamed_ != nullptr && flash_read_bytes > 0) found.flash = streamed_->measure_flash(flash_read_bytes);
+  return found;
 }
 
 EngineCounters Engine::counters() const {

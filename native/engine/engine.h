@@ -7,6 +7,7 @@
  * chunks and nothing else.
  */
 #include <memory>
+#include <optional>
 
 #include "native/base/memory.h"
 #include "native/base/status.h"
@@ -45,6 +46,12 @@ struct EngineMemory {
   size_t load_bytes = 0;
 };
 
+/** Bytes a second; 0 where it cannot be measured. */
+struct Bandwidths {
+  double memory = 0;
+  double flash = 0;
+};
+
 /** What a step writes down besides logits; null: nothing. */
 struct FiringRecord {
   uint8_t* fired = nullptr;      // bits (token, layer, expert, neuron): fired_bytes_per_token() for each token
@@ -69,6 +76,12 @@ class Engine {
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
               FiringRecord record);
 
+  /**
+   * What memory and flash give at best, measured on what is open: the engine's own weights, read by its own threads, and
+   * reads of `flash_read_bytes` bytes (0: flash is left alone). Between steps; changes nothing.
+   */
+  Bandwidths measure_bandwidths(size_t flash_read_bytes);
+
   const char* kernel_set() const { return kernels_->name; }
   size_t fired_bytes_per_token() const {
     return config_.layer_count * config_.expert_count * fired_bytes(config_.neuron_count);
@@ -80,6 +93,8 @@ class Engine {
   EngineCounters counters() const;
   /** The predictor, if the engine has one, else null. */
   const Predictor* predictor() const { return config_.predictor.enabled() ? &predictor_ : nullptr; }
+  /** What threads did since it was drained; null if nothing is traced. */
+  Trace* trace() { return trace_ ? &*trace_ : nullptr; }
   /** The experts, if they are streamed, else null. */
   const StreamedExperts* streamed() const { return streamed_; }
 
@@ -102,8 +117,9 @@ class Engine {
   const Kernels* kernels_ = nullptr;
   Weights weights_;
   KvCache cache_;
-  std::unique_ptr<ThreadPool> pool_;
   HugeMemory scratch_;
+  std::optional<Trace> trace_;
+  std::unique_ptr<ThreadPool> pool_;
   float* hidden_ = nullptr;  // (batch, padded hidden): the residual stream
   float* update_ = nullptr;  // (batch, padded hidden): what a block adds to it
   Activations normed_;

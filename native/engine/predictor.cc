@@ -78,6 +78,7 @@ void Predictor::bind(const EngineConfig& config, const Kernels& kernels, ThreadP
 }
 
 void Predictor::begin(const ExpertJob& job) {
+  const TraceSpan span(pool_->trace(), TraceStage::kPredict);
   const auto start = Clock::now();
   const Layer& layer = layers_[job.layer_index];
   const size_t rank = layer.rank;
@@ -110,6 +111,7 @@ void Predictor::begin(const ExpertJob& job) {
 }
 
 const float* Predictor::score(const ExpertJob& job, size_t group, size_t thread) {
+  const TraceSpan span(pool_->trace(), TraceStage::kPredict);
   const auto start = Clock::now();
   const Layer& layer = layers_[job.layer_index];
   const size_t batch = config_->batch_size;

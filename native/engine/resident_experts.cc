@@ -56,6 +56,7 @@ Status ResidentExperts::run(const ExpertJob& job) {
 /** Calls work(chunk, thread, scores) for every chunk; the scores of token t begin at scores + t * kGroup, null if exact. */
 template <class Work>
 void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
+  const TraceSpan span(pool_->trace(), TraceStage::kFind);
   if (job.predictor_x == nullptr) {
     pool_->run(chunks(), [&](size_t chunk, size_t thread) { work(chunk, thread, nullptr); });
     return;
@@ -116,6 +117,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
       for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
     }
   });
+  const TraceSpan span(pool_->trace(), TraceStage::kSum);
   // Which neurons each part adds: those that fired for any token.
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
     counters_.neurons_fired += fired_[chunk];
@@ -234,6 +236,7 @@ void ResidentExperts::run_one(const ExpertJob& job) {
     chosen_[chunk] = static_cast<uint32_t>(chosen_count);
     fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, count, chosen, chosen_count));
   });
+  const TraceSpan span(pool_->trace(), TraceStage::kSum);
   pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });
   const size_t length = group_count(config_->hidden_size) * kGroup;
   for (size_t part = 0; part < kParts; part++) {

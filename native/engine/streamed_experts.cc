@@ -247,6 +247,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
 }
 
 void StreamedExperts::add_parts(const ExpertJob& job) {
+  const TraceSpan span(pool_->trace(), TraceStage::kSum);
   const size_t hidden = padded_hidden(*config_);
   const size_t batch = config_->batch_size;
   pool_->run(kParts, [&](size_t part, size_t thread) { add_part(job, part, thread); });
@@ -277,6 +278,7 @@ void StreamedExperts::collect_counters(const ExpertJob& job) {
     stream_counters_.add(counters.stream);
   }
   if (job.predictor_x != nullptr) predictor_->count(config_->neuron_count * job.tokens, chosen, skipped_on_flash);
+  trace_counters();
 }
 
 }  // namespace pi2

@@ -75,6 +75,12 @@ class StreamedExperts : public Experts {
    */
   void prefetch(const ExpertJob& job);
 
+  /**
+   * Bytes a second that flash delivers at random places, in reads of `read_bytes` bytes (rounded to pages), many at once; 0
+   * if it fails. Between jobs.
+   */
+  double measure_flash(size_t read_bytes);
+
   const StreamCounters& stream_counters() const { return stream_counters_; }
   /** Whether gates are read before rows. */
   bool two_phases() const { return two_phases_; }
@@ -147,6 +153,9 @@ class StreamedExperts : public Experts {
   void submit_rows(size_t bank, size_t chunk, size_t thread);
   void settle_round(size_t bank, const Round& round, bool failed);
   void keep_fired(size_t bank, size_t chunk);
+  void submit(const ReadList& list);
+  void trace_reads(const ReadList& list);
+  void trace_counters();
 
   bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
   void tune_ahead();

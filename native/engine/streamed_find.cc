@@ -8,6 +8,7 @@
 namespace pi2 {
 
 void StreamedExperts::find(const ExpertJob& job, size_t bank) {
+  const TraceSpan span(pool_->trace(), TraceStage::kFind);
   if (job.predictor_x != nullptr) {
     predictor_->begin(job);
     pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {

@@ -8,6 +8,7 @@ namespace pi2 {
 
 /** Plans chunks from `first_chunk` on and submits their first reads; whether chunks are left after them. */
 bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) {
+  const TraceSpan span(pool_->trace(), TraceStage::kPlan);
   const size_t half = half_bytes(*config_);
   ReadList& list = round->first_phase;
   round->first_chunk = first_chunk;
@@ -30,7 +31,7 @@ bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) 
     round->planned_reads = is_predicted ? round->planned_reads + reads : list.count;
   }
   round->end_chunk = chunk;
-  if (list.count > 0) reader_->submit(list.reads, list.count);
+  submit(list);
   stream_counters_.reads += list.count;
   stream_counters_.read_bytes += list.staged_bytes;
   return chunk < chunks();
@@ -146,7 +147,7 @@ void StreamedExperts::submit_rows(size_t bank, size_t chunk, size_t thread) {
     counters.asked_bytes += config_->layout.part2_bytes;
     plan_rows(bank, entry, &list, 0);
   }
-  if (list.count > 0) reader_->submit(list.reads, list.count);
+  submit(list);
   counters.reads += list.count;
   counters.read_bytes += list.staged_bytes;
 }

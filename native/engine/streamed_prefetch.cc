@@ -82,7 +82,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
     ahead_neurons_[ahead_count_++] = static_cast<uint32_t>(neuron);
   }
   if (ahead_.count == 0) return;
-  reader_->submit(ahead_.reads, ahead_.count);
+  submit(ahead_);
   stream_counters_.reads += ahead_.count;
   stream_counters_.read_bytes += ahead_.staged_bytes;
   stream_counters_.asked_bytes += ahead_count_ * (layout.part1_bytes + layout.part2_bytes);
@@ -107,6 +107,7 @@ void StreamedExperts::tune_ahead() {
 void StreamedExperts::end_ahead() {
   if (ahead_.count == 0) return;
   for (size_t i = 0; i < ahead_.count; i++) static_cast<void>(reader_->wait(ahead_.reads[i]));
+  trace_reads(ahead_);
   for (size_t i = 0; i < ahead_count_; i++) ahead_read_[ahead_neurons_[i]] = nullptr;
   stream_counters_.prefetch_used += ahead_used_;
   if (static_cast<double>(ahead_used_) < kLeastUsed * static_cast<double>(ahead_count_)) {

@@ -12,12 +12,14 @@ namespace pi2 {
 namespace {
 
 constexpr size_t kStages = 3;
+constexpr TraceStage kStageNames[kStages] = {TraceStage::kResident, TraceStage::kGate, TraceStage::kRow};
 /** Looks at another thread's progress before this one gives its core away. */
 constexpr int kSpins = 2000;
 
 }  // namespace
 
 void StreamedExperts::compute_round(const ExpertJob& job, size_t bank, const Round& round) {
+  const TraceSpan span(pool_->trace(), TraceStage::kRound);
   for (size_t part = 0; part < kParts; part++) progress_[part].stages.store(0, std::memory_order_relaxed);
   if (config_->stream.pipeline) {
     // Tasks begin in this order, and none waits for a later one.
@@ -37,6 +39,8 @@ void StreamedExperts::compute_round(const ExpertJob& job, size_t bank, const Rou
   }
   // Whatever happened, no read may arrive in memory that is used again.
   wait_everything(round);
+  trace_reads(round.first_phase);
+  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) trace_reads(later_[chunk]);
 }
 
 void StreamedExperts::wait_everything(const Round& round) {
@@ -49,6 +53,7 @@ void StreamedExperts::wait_everything(const Round& round) {
 
 void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part,
                                 size_t thread) {
+  const TraceSpan span(pool_->trace(), kStageNames[stage]);
   // The part's first chunk of the round.
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
   std::atomic<uint32_t>& progress = progress_[part].stages;
@@ -115,6 +120,7 @@ void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& 
 
 bool StreamedExperts::wait_for(ReadRequest& request, uint64_t* stall_ns) {
   if (request.state.load(std::memory_order_acquire) == ReadRequest::kDone) return true;
+  const TraceSpan span(pool_->trace(), TraceStage::kWait);
   const auto start = std::chrono::steady_clock::now();
   Status status = reader_->wait(request);
   const auto waited = std::chrono::steady_clock::now() - start;

@@ -1,4 +1,5 @@
 #pragma once
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -35,6 +36,8 @@ class TensorFile {
   /** Memory of `bytes` bytes at `offset` of the file, or null if they were not loaded. */
   const uint8_t* at(size_t offset, size_t bytes) const;
   size_t bytes() const { return memory_.bytes(); }
+  /** Everything that was loaded; empty for a mapped file. */
+  std::span<const uint8_t> memory() const { return {memory_.data(), memory_.bytes()}; }
 
  private:
   Status find_tensors(const std::vector<TensorConfig>& tensors);

@@ -3,6 +3,7 @@
  * The model's weights in memory. Resident tensors keep their form on flash. Bundles are taken apart into one array a matrix,
  * rows of weights and scales without padding: kernels then read each matrix as one stream.
  */
+#include <span>
 #include <vector>
 
 #include "native/base/memory.h"
@@ -48,6 +49,8 @@ class Weights {
   static size_t resident_bytes_needed(const EngineConfig& config) { return TensorFile::bytes_needed(config.extents); }
   static size_t neuron_bytes_needed(const EngineConfig& config);
   size_t bytes() const { return resident_.bytes() + neurons_.bytes(); }
+  /** What is in memory, all of it filled. */
+  std::vector<std::span<const uint8_t>> memory() const { return {resident_.memory(), {neurons_.data(), neurons_.bytes()}}; }
 
  private:
   Status load_neurons(const EngineConfig& config);

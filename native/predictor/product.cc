@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "native/predictor/vector_code.h"
+#include "native/base/vector_code.h"
 
 namespace pi2 {
 namespace {
@@ -28,8 +28,9 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, size_t 
 }
 
 /** One column of panels: copies the panel together, then goes down the rows of a. */
-PI2_VECTOR_CODE void multiply_panel(const MatrixView& a, const float* b, size_t rows, size_t depth, size_t columns,
-                                    size_t first, float* panel, float* c) {
+PI2_VECTOR_CODE("avx512f", "fma")
+void multiply_panel(const MatrixView& a, const float* b, size_t rows, size_t depth, size_t columns, size_t first,
+                    float* panel, float* c) {
   const size_t width = std::min(kWidth, columns - first);
   for (size_t k = 0; k < depth; k++) {
     std::memcpy(panel + k * kWidth, b + k * columns + first, width * sizeof(float));

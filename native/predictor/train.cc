@@ -6,9 +6,9 @@
 #include "native/base/carver.h"
 #include "native/base/memory.h"
 #include "native/base/thread_pool.h"
+#include "native/base/vector_code.h"
 #include "native/engine/exponential.h"
 #include "native/predictor/product.h"
-#include "native/predictor/vector_code.h"
 
 namespace pi2 {
 namespace {
@@ -72,26 +72,27 @@ void transpose(ThreadPool& pool, const float* from, size_t rows, size_t columns,
   });
 }
 
-PI2_VECTOR_CODE void rectify(float* values, size_t count) {
+PI2_VECTOR_CODE("avx512f", "fma") void rectify(float* values, size_t count) {
   for (size_t i = 0; i < count; i++) values[i] = values[i] > 0 ? values[i] : 0.0f;
 }
 
-PI2_VECTOR_CODE void add_row(const float* row, size_t count, float* values) {
+PI2_VECTOR_CODE("avx512f", "fma") void add_row(const float* row, size_t count, float* values) {
   for (size_t i = 0; i < count; i++) values[i] += row[i];
 }
 
 /** Scores without their bias become the slopes of a token's loss as if no neuron fired: sigmoid(score + bias). */
-PI2_VECTOR_CODE void slopes_of_silence(const float* bias, size_t count, float* scores) {
+PI2_VECTOR_CODE("avx512f", "fma") void slopes_of_silence(const float* bias, size_t count, float* scores) {
   for (size_t i = 0; i < count; i++) scores[i] = 1.0f / (1.0f + exponential(-(scores[i] + bias[i])));
 }
 
-PI2_VECTOR_CODE void mask(const float* units, size_t count, float* slopes) {
+PI2_VECTOR_CODE("avx512f", "fma") void mask(const float* units, size_t count, float* slopes) {
   for (size_t i = 0; i < count; i++) slopes[i] = units[i] > 0 ? slopes[i] : 0.0f;
 }
 
 /** A step of Adam for some of the parameters; `gradient` is `scale` times too large. */
-PI2_VECTOR_CODE void adam(const float* gradient, float scale, float rate, float second_scale, size_t count, float* first,
-                          float* second, float* values) {
+PI2_VECTOR_CODE("avx512f", "fma")
+void adam(const float* gradient, float scale, float rate, float second_scale, size_t count, float* first, float* second,
+          float* values) {
   for (size_t i = 0; i < count; i++) {
     const float g = gradient[i] * scale;
     first[i] = kFirstDecay * first[i] + (1.0f - kFirstDecay) * g;

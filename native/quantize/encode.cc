@@ -1,170 +1,96 @@
 #include "native/quantize/encode.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <cfloat>
 #include <cstring>
+#include <functional>
 #include <mutex>
-#include <vector>
 
 #include "native/base/threads.h"
+#include "native/base/vector_code.h"
 #include "native/kernels/half.h"
+#include "native/quantize/group.h"
 
 namespace pi2 {
 namespace {
 
 constexpr float kLargestHalf = 65504.0f;
-/** 2^-24: a scale below it is stored as zero. */
-constexpr float kSmallestHalf = 5.9604645e-8f;
-/** Columns transposed together: 64 bytes of a bf16 row. */
+/** Columns encoded together: 64 bytes of a bf16 row. */
 constexpr size_t kColumnTile = 32;
+/** Rows of columns that are prefetched while one is converted. */
+constexpr size_t kRowsAhead = 16;
+/** Rows that a thread takes at a time. */
+constexpr size_t kRowTile = 16;
 
-float number_at(const uint8_t* source, SourceType type, size_t index) {
-  switch (type) {
-    case SourceType::kF32: {
-      float value;
-      std::memcpy(&value, source + 4 * index, 4);
-      return value;
-    }
-    case SourceType::kF16: {
-      uint16_t half;
-      std::memcpy(&half, source + 2 * index, 2);
-      return half_to_float_scalar(half);
-    }
-    case SourceType::kBf16: {
-      uint16_t high;
-      std::memcpy(&high, source + 2 * index, 2);
-      const uint32_t bits = static_cast<uint32_t>(high) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    }
+PI2_INLINE float number_at(const uint8_t* source, SourceType type, size_t index) {
+  uint32_t bits = 0;
+  if (type == SourceType::kF32) {
+    std::memcpy(&bits, source + 4 * index, 4);
+  } else {
+    uint16_t half;
+    std::memcpy(&half, source + 2 * index, 2);
+    if (type == SourceType::kF16) return half_to_float_scalar(half);
+    bits = static_cast<uint32_t>(half) << 16;
   }
-  return 0;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
-void store_half(uint8_t* out, uint16_t half) { std::memcpy(out, &half, 2); }
-
-/** Four lanes, which every target has; sums over them have one order on every machine. */
-typedef float Lanes __attribute__((vector_size(16), aligned(4)));
-constexpr size_t kLanes = 4;
-
-/** Round to nearest even of numbers below 2^22 in magnitude: the sum's low bits are the integer. */
-inline Lanes round_even(Lanes x) { return (x + 12582912.0f) - 12582912.0f; }
-
-inline Lanes clamp(Lanes x, float low, float high) {
-  x = x < low ? Lanes{} + low : x;
-  return x > high ? Lanes{} + high : x;
+/** The bits of |value|: they order magnitudes, then infinity, then what is not a number. */
+PI2_INLINE uint32_t magnitude_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits & 0x7fffffffu;
 }
 
-float sum_of(Lanes x) { return (x[0] + x[1]) + (x[2] + x[3]); }
-
-/** A candidate scale for an int4 block: how much of the block's energy it explains, and the scale that explains it best. */
-struct Fit {
-  float explained;
-  float scale;
-};
-
-/**
- * Rounds the block with `scale`, then fits the scale to the integers by least squares: with p = sum x q and s = sum q q the
- * best scale is p / s and the squared error falls by p * p / s.
- */
-Fit fit_q4(const float* x, float scale) {
-  const float inverse = 1.0f / scale;
-  Lanes product{};
-  Lanes square{};
-  for (size_t i = 0; i < kBlock; i += kLanes) {
-    const Lanes values = *reinterpret_cast<const Lanes*>(x + i);
-    const Lanes q = clamp(round_even(values * inverse), -8.0f, 7.0f);
-    product += values * q;
-    square += q * q;
-  }
-  const float p = sum_of(product);
-  const float s = sum_of(square);
-  return s > 0 ? Fit{p * p / s, p / s} : Fit{0, 0};
-}
-
-/**
- * The half-float scale of least squared error among candidates that put the largest weight near -8 or near 7: int4 is
- * asymmetric, so the sign of the scale matters, and clipping the largest weight a little often pays.
- */
-uint16_t choose_q4_scale(const float* x) {
-  float largest = 0;
-  for (size_t i = 0; i < kBlock; i++) {
-    if (std::fabs(x[i]) > std::fabs(largest)) largest = x[i];
-  }
-  Fit best{0, 0};
-  constexpr float kLevels[] = {-8.6f, -8.3f, -8.0f, -7.7f, -7.4f, -7.1f, 6.2f, 6.5f, 6.8f, 7.1f, 7.4f};
-  for (const float levels : kLevels) {
-    const float scale = largest / levels;
-    if (!(std::fabs(scale) >= kSmallestHalf)) return 0;
-    const Fit fit = fit_q4(x, scale);
-    if (fit.explained > best.explained) best = fit;
-  }
-  return float_to_half_scalar(best.scale);
-}
-
-uint16_t choose_q8_scale(const float* x) {
-  float largest = 0;
-  for (size_t i = 0; i < kBlock; i++) largest = std::max(largest, std::fabs(x[i]));
-  return float_to_half_scalar(largest / 127.0f);
-}
-
-/** The integers of a block stored with `scale`, as floats. */
-void round_block(const float* x, float scale, float low, float high, float* out) {
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  for (size_t i = 0; i < kBlock; i += kLanes) {
-    const Lanes values = *reinterpret_cast<const Lanes*>(x + i);
-    *reinterpret_cast<Lanes*>(out + i) = clamp(round_even(values * inverse), low, high);
-  }
-}
-
-/** Encodes `n` numbers as whole groups. `x` is padded with zero to whole groups. */
-void encode_groups(const float* x, size_t n, Encoding encoding, uint8_t* weights, uint8_t* scales) {
-  if (encoding == Encoding::kF32) {
-    std::memcpy(weights, x, 4 * n);
-    return;
-  }
-  const size_t groups = group_count(n);
-  if (encoding == Encoding::kF16) {
-    for (size_t i = 0; i < groups * kGroup; i++) store_half(weights + 2 * i, float_to_half_scalar(x[i]));
-    return;
-  }
-  for (size_t g = 0; g < groups; g++) {
-    uint8_t* group = weights + g * (encoding == Encoding::kQ4 ? kQ4GroupBytes : kQ8GroupBytes);
-    if (encoding == Encoding::kQ4) std::memset(group, 0, kQ4GroupBytes);
-    for (size_t block = 0; block < kGroupBlocks; block++) {
-      const float* values = x + g * kGroup + block * kBlock;
-      const uint16_t half = encoding == Encoding::kQ4 ? choose_q4_scale(values) : choose_q8_scale(values);
-      const float scale = half_to_float_scalar(half);
-      store_half(scales + g * kGroupScaleBytes + 2 * block, half);
-      float integers[kBlock];
-      round_block(values, scale, encoding == Encoding::kQ4 ? -8.0f : -127.0f, encoding == Encoding::kQ4 ? 7.0f : 127.0f,
-                  integers);
-      for (size_t e = 0; e < kBlock; e++) {
-        const int integer = static_cast<int>(integers[e]);
-        if (encoding == Encoding::kQ4) {
-          const int nibble = integer + 8;
-          group[q4_byte(block, e)] |= static_cast<uint8_t>(q4_is_high(e) ? nibble << 4 : nibble);
-        } else {
-          group[q8_byte(block, e)] = static_cast<uint8_t>(integer);
-        }
-      }
-    }
-  }
-}
-
-/** The largest magnitude an encoding can hold (its scale is a half float). */
-float largest_magnitude(Encoding encoding) {
+/** magnitude_bits of the largest number an encoding can hold (its scale is a half float). */
+uint32_t largest_magnitude(Encoding encoding) {
   switch (encoding) {
-    case Encoding::kF32: return INFINITY;
-    case Encoding::kF16: return kLargestHalf;
-    case Encoding::kQ8: return kLargestHalf * 127.0f;
-    case Encoding::kQ4: return kLargestHalf * 6.0f;
+    case Encoding::kF32: return magnitude_bits(FLT_MAX);
+    case Encoding::kF16: return magnitude_bits(kLargestHalf);
+    case Encoding::kQ8: return magnitude_bits(kLargestHalf * 127.0f);
+    case Encoding::kQ4: return magnitude_bits(kLargestHalf * 6.0f);
   }
   return 0;
 }
 
-bool is_bad(float value, float limit) { return !std::isfinite(value) || std::fabs(value) > limit; }
+/** Numbers as floats; returns the largest magnitude_bits among them. */
+template <SourceType type>
+PI2_INLINE uint32_t convert(const uint8_t* source, size_t count, float* out) {
+  uint32_t largest = 0;
+  for (size_t i = 0; i < count; i++) {
+    out[i] = number_at(source, type, i);
+    largest = std::max(largest, magnitude_bits(out[i]));
+  }
+  return largest;
+}
+
+PI2_INLINE uint32_t to_floats(const uint8_t* source, SourceType type, size_t count, float* out) {
+  switch (type) {
+    case SourceType::kF32: return convert<SourceType::kF32>(source, count, out);
+    case SourceType::kF16: return convert<SourceType::kF16>(source, count, out);
+    case SourceType::kBf16: return convert<SourceType::kBf16>(source, count, out);
+  }
+  return 0;
+}
+
+/** Encodes group `g` of a vector, `count` of whose 256 numbers there are; the others are zero. */
+PI2_INLINE void encode_numbers(const float* x, size_t count, Encoding encoding, size_t g, uint8_t* weights,
+                               uint8_t* scales) {
+  switch (encoding) {
+    case Encoding::kF32: std::memcpy(weights + g * kGroup * 4, x, 4 * count); break;
+    case Encoding::kF16:
+      for (size_t i = 0; i < kGroup; i++) {
+        const uint16_t half = float_to_half_scalar(x[i]);
+        std::memcpy(weights + g * kF16GroupBytes + 2 * i, &half, 2);
+      }
+      break;
+    case Encoding::kQ8: encode_group(x, false, weights + g * kQ8GroupBytes, scales + g * kGroupScaleBytes); break;
+    case Encoding::kQ4: encode_group(x, true, weights + g * kQ4GroupBytes, scales + g * kGroupScaleBytes); break;
+  }
+}
 
 /** Keeps the bad number that comes first by row, then column, whichever thread met it. */
 class FirstBadNumber {
@@ -182,55 +108,105 @@ class FirstBadNumber {
   BadNumber first_;
 };
 
+/** Encodes one row; false if a number of it cannot be stored. */
+PI2_VECTOR_CODE("avx2") bool encode_row(const EncodeRequest& r, size_t row, uint32_t limit) {
+  const size_t number_bytes = source_type_bytes(r.source_type);
+  const uint8_t* source = r.source + row * r.columns * number_bytes;
+  const size_t v = r.vector_of(row);
+  for (size_t first = 0; first < r.columns; first += kGroup) {
+    float numbers[kGroup];
+    const size_t count = std::min(kGroup, r.columns - first);
+    if (to_floats(source + first * number_bytes, r.source_type, count, numbers) > limit) return false;
+    std::fill(numbers + count, numbers + kGroup, 0.0f);
+    encode_numbers(numbers, count, r.encoding, first / kGroup, r.target + r.placement.weights_at(v),
+                   r.target + r.placement.scales_at(v));
+  }
+  return true;
+}
+
+/**
+ * Encodes the columns from `first` on of the rows from `row` on, a tile of columns and a group of rows at most. Returns
+ * whether a number may be one that cannot be stored: some of skipped columns may be, too.
+ */
+PI2_VECTOR_CODE("avx2")
+bool encode_tile(const EncodeRequest& r, size_t row, size_t first, size_t first_element, uint32_t limit) {
+  float numbers[kColumnTile][kGroup];
+  const size_t number_bytes = source_type_bytes(r.source_type);
+  const size_t columns = std::min(kColumnTile, r.columns - first);
+  const size_t rows = std::min(kGroup, r.rows - row);
+  uint32_t largest = 0;
+  for (size_t i = 0; i < rows; i++) {
+    float across[kColumnTile];
+    const uint8_t* source = r.source + ((row + i) * r.columns + first) * number_bytes;
+    if (i + kRowsAhead < rows) {  // rows are pages apart: no prefetcher of the hardware follows
+      const uint8_t* ahead = source + kRowsAhead * r.columns * number_bytes;
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + columns * number_bytes - 1);
+    }
+    largest = std::max(largest, to_floats(source, r.source_type, columns, across));
+    for (size_t c = 0; c < columns; c++) numbers[c][i] = across[c];
+  }
+  for (size_t c = 0; c < columns; c++) {
+    if (r.skips(first + c)) continue;
+    std::fill(numbers[c] + rows, numbers[c] + kGroup, 0.0f);
+    const size_t v = r.vector_of(first + c);
+    encode_numbers(numbers[c], rows, r.encoding, (first_element + row) / kGroup, r.target + r.placement.weights_at(v),
+                   r.target + r.placement.scales_at(v));
+  }
+  return largest > limit;
+}
+
+/** Meets the first number of the rectangle that cannot be stored, and returns whether there is one. */
+bool find_bad(const EncodeRequest& r, size_t first_row, size_t rows, size_t first_column, size_t columns, bool by_columns,
+              uint32_t limit, FirstBadNumber* bad) {
+  for (size_t row = first_row; row < first_row + rows; row++) {
+    for (size_t column = first_column; column < first_column + columns; column++) {
+      const float value = number_at(r.source, r.source_type, row * r.columns + column);
+      if (magnitude_bits(value) <= limit || r.skips(by_columns ? column : row)) continue;
+      bad->meet(row, column, value);
+      return true;
+    }
+  }
+  return false;
+}
+
+/** Runs work(i) for every i of [0, count), on all threads, in ascending order of their beginning, until one returns false.
+ */
+void run_in_turn(size_t threads, size_t count, const std::function<bool(size_t)>& work) {
+  std::atomic<size_t> next{0};
+  run_in_ranges(threads, threads, [&](size_t, size_t) {
+    for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+      if (!work(i)) next.store(count);
+    }
+  });
+}
+
 }  // namespace
 
 BadNumber encode_rows(const EncodeRequest& r) {
   FirstBadNumber bad;
-  const float limit = largest_magnitude(r.encoding);
-  run_in_ranges(r.threads, r.rows, [&](size_t begin, size_t end) {
-    std::vector<float> values(group_count(r.columns) * kGroup, 0.0f);
-    for (size_t row = begin; row < end; row++) {
-      if (r.skips(row)) continue;
-      const uint8_t* source = r.source + row * r.columns * source_type_bytes(r.source_type);
-      for (size_t column = 0; column < r.columns; column++) {
-        values[column] = number_at(source, r.source_type, column);
-        if (is_bad(values[column], limit)) return bad.meet(row, column, values[column]);
-      }
-      const size_t v = r.vector_of(row);
-      encode_groups(values.data(), r.columns, r.encoding, r.target + r.placement.weights_at(v),
-                    r.target + r.placement.scales_at(v));
+  const uint32_t limit = largest_magnitude(r.encoding);
+  run_in_turn(r.threads, (r.rows + kRowTile - 1) / kRowTile, [&](size_t tile) {
+    for (size_t row = tile * kRowTile; row < std::min(r.rows, (tile + 1) * kRowTile); row++) {
+      if (!r.skips(row) && !encode_row(r, row, limit)) return !find_bad(r, row, 1, 0, r.columns, false, limit, &bad);
     }
+    return true;
   });
   return bad.first();
 }
 
 BadNumber encode_columns(const EncodeRequest& r, size_t first_element) {
   FirstBadNumber bad;
-  const float limit = largest_magnitude(r.encoding);
-  const size_t padded = group_count(r.rows) * kGroup;
-  const size_t first_weight_byte = weight_bytes(r.encoding, first_element);
-  const size_t first_scale_byte = scale_bytes(r.encoding, first_element);
-  const size_t tiles = (r.columns + kColumnTile - 1) / kColumnTile;
-  run_in_ranges(r.threads, tiles, [&](size_t begin, size_t end) {
-    std::vector<float> values(kColumnTile * padded, 0.0f);  // [column of the tile][element]
-    for (size_t tile = begin; tile < end; tile++) {
-      const size_t first = tile * kColumnTile;
-      const size_t count = std::min(kColumnTile, r.columns - first);
-      for (size_t row = 0; row < r.rows; row++) {
-        for (size_t c = 0; c < count; c++) {
-          const float value = number_at(r.source, r.source_type, row * r.columns + first + c);
-          if (is_bad(value, limit) && !r.skips(first + c)) return bad.meet(row, first + c, value);
-          values[c * padded + row] = value;
-        }
-      }
-      for (size_t c = 0; c < count; c++) {
-        if (r.skips(first + c)) continue;
-        const size_t v = r.vector_of(first + c);
-        encode_groups(values.data() + c * padded, r.rows, r.encoding,
-                      r.target + r.placement.weights_at(v) + first_weight_byte,
-                      r.target + r.placement.scales_at(v) + first_scale_byte);
-      }
+  const uint32_t limit = largest_magnitude(r.encoding);
+  // Tiles go on after a bad number: that of another tile may be in an earlier row.
+  run_in_turn(r.threads, (r.columns + kColumnTile - 1) / kColumnTile, [&](size_t tile) {
+    const size_t first = tile * kColumnTile;
+    const size_t columns = std::min(kColumnTile, r.columns - first);
+    for (size_t row = 0; row < r.rows; row += kGroup) {
+      const bool suspicious = encode_tile(r, row, first, first_element, limit);
+      if (suspicious && find_bad(r, row, std::min(kGroup, r.rows - row), first, columns, true, limit, &bad)) break;
     }
+    return true;
   });
   return bad.first();
 }

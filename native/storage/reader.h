@@ -23,6 +23,9 @@ struct ReadRequest {
   uint8_t* buffer = nullptr;
   /** 0 while it is on its way, 1 when the bytes are there, else 2 + errno (2 alone: the file ended early). */
   std::atomic<uint32_t> state{0};
+  /** For traces: set by the caller when it submits, and by the reader (only then) when it sees that the read is done. */
+  uint64_t submitted_ns = 0;
+  uint64_t done_ns = 0;
 
   static constexpr uint32_t kPending = 0;
   static constexpr uint32_t kDone = 1;

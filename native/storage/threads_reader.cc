@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include "native/base/trace.h"
+
 namespace pi2 {
 namespace {
 
@@ -49,8 +51,10 @@ void ThreadsReader::serve() {
       first_ = (first_ + 1) % kRingSize;
       waiting_--;
     }
+    const uint32_t state = read_rest(descriptor_, direct_, *request, 0);
+    if (request->submitted_ns != 0) request->done_ns = trace_now();
     // Release: whoever sees the state sees the bytes.
-    request->state.store(read_rest(descriptor_, direct_, *request, 0), std::memory_order_release);
+    request->state.store(state, std::memory_order_release);
     request->state.notify_all();
   }
 }

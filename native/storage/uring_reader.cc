@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "native/base/pause.h"
+#include "native/base/trace.h"
 
 namespace pi2 {
 namespace {
@@ -134,6 +135,7 @@ size_t UringReader::reap() {
 void UringReader::finish(ReadRequest& request, int32_t result) {
   const uint32_t state = result < 0 ? ReadRequest::kFailed + static_cast<uint32_t>(-result)
                                     : read_rest(descriptor_, direct_, request, static_cast<size_t>(result));
+  if (request.submitted_ns != 0) request.done_ns = trace_now();
   request.state.store(state, std::memory_order_release);
 }
 

@@ -1,4 +1,4 @@
-import { readFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 
 /**
  * Most memory that this process had resident, in bytes. From /proc where there is one: the kernel's other count, `maxRSS`,
@@ -12,4 +12,14 @@ export function peakMemoryBytes(): number {
     // Without /proc the other count has to do.
   }
   return process.resourceUsage().maxRSS * 1024;
+}
+
+/** Lets `peakMemoryBytes` begin again with what is resident now; false where the kernel has no way to. */
+export function resetPeakMemory(): boolean {
+  try {
+    writeFileSync('/proc/self/clear_refs', '5');
+    return true;
+  } catch {
+    return false;
+  }
 }

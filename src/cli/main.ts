@@ -1,6 +1,7 @@
 import { Command, CommanderError } from 'commander';
 import { EXIT, Pi2Error } from '../base/error.js';
 import { readBuild } from '../report/build.js';
+import { benchCommand } from './bench.js';
 import { convertCommand } from './convert.js';
 import { evalCommand } from './eval.js';
 import { inspectCommand } from './inspect.js';
@@ -32,7 +33,7 @@ Examples:
  * else to stderr; an error is one line and a hint, its stack only with `--verbose`.
  */
 export async function main(argv: readonly string[]): Promise<number> {
-  // A reader that has gone is found out by the write that fails, not by an event.
+  // A reader that has gone is found out by the write that fails, not by an event; that of help comes when all is over.
   process.stdout.on('error', ignore);
   process.stderr.on('error', ignore);
   let verbose = false;
@@ -40,17 +41,19 @@ export async function main(argv: readonly string[]): Promise<number> {
     verbose = command.opts().verbose === true;
   });
   try {
-    await program.parseAsync(argv);
+    await program.parseAsync(llamaSpelling(argv));
     return EXIT.ok;
   } catch (error) {
     return reportError(error, verbose);
-  } finally {
-    process.stdout.removeListener('error', ignore);
-    process.stderr.removeListener('error', ignore);
   }
 }
 
 function ignore(): void {}
+
+/** `bench -pg 512,128` as llama-bench has it: short options of this program have one letter. */
+function llamaSpelling(argv: readonly string[]): string[] {
+  return argv.map((word) => (word === '-pg' && argv[2] === 'bench' ? '--pg' : word));
+}
 
 function buildProgram(): Command {
   const { version, commit } = readBuild();
@@ -66,6 +69,7 @@ function buildProgram(): Command {
     evalCommand(),
     perplexityCommand(),
     profileCommand(),
+    benchCommand(),
     inspectCommand(),
     verifyCommand(),
   ];

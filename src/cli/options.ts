@@ -33,8 +33,9 @@ export interface SamplingFlags {
   seed: number;
 }
 
-const THREADS_MAX = 512;
-const SEED_MAX = 0xfffffffe;
+/** Most threads, and the largest seed, that an option takes. */
+export const THREADS_MAX = 512;
+export const SEED_MAX = 0xfffffffe;
 
 /** Adds `-m`, the model directory. */
 export function addModelOption(command: Command): Command {
@@ -66,6 +67,11 @@ export function addEngineOptions(
 /** Adds `--exact`, for commands that may predict which neurons contribute. */
 export function addExactOption(command: Command): Command {
   return command.option('--exact', 'compute every neuron that fires, as if the model had no predictor');
+}
+
+/** Adds `--trace`, for commands that measure. */
+export function addTraceOption(command: Command): Command {
+  return command.option('--trace <file>', 'write where the time of each token goes: JSON for ui.perfetto.dev');
 }
 
 /** Adds `--engine` and `--ablate`, for commands that compare ways to compute. */
@@ -156,11 +162,13 @@ export function parseTokens(text: string): number[] {
   });
 }
 
-function parseAblations(text: string): Ablation[] {
+/** Steps to take away, separated by commas. */
+export function parseAblations(text: string): Ablation[] {
   return text.split(',').map((name) => parseName(ABLATIONS)(name.trim()));
 }
 
-function parseMemory(text: string): MemoryLimit {
+/** `3G`, `50%` or `min`. */
+export function parseMemory(text: string): MemoryLimit {
   try {
     return parseMemoryLimit(text);
   } catch (error) {
@@ -170,7 +178,7 @@ function parseMemory(text: string): MemoryLimit {
 }
 
 /** A parser of one of some names. */
-function parseName<Name extends string>(names: readonly Name[]): (text: string) => Name {
+export function parseName<Name extends string>(names: readonly Name[]): (text: string) => Name {
   return (text) => {
     const known = names.find((name) => name === text);
     if (known) return known;

@@ -9,6 +9,7 @@ import { seededRandom } from '../engine/random.js';
 import { RecallMeter, requirePredicting } from '../engine/recall.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { formatMs } from '../report/format.js';
+import { measureRoof } from '../report/roofline.js';
 import { formatRunReport, runReport } from '../report/run-report.js';
 import { describeKept } from '../report/stream-report.js';
 import { readTextFile } from '../text/text-file.js';
@@ -21,6 +22,7 @@ import {
   addExactOption,
   addModelOption,
   addSamplingOptions,
+  addTraceOption,
   type EngineFlags,
   engineOptions,
   parseInteger,
@@ -29,6 +31,7 @@ import {
   samplingOptions,
 } from './options.js';
 import { ExitWith, log, withInterrupt, writeJson, writeOut } from './output.js';
+import { traceOptions, withTrace } from './with-trace.js';
 
 interface RunFlags extends EngineFlags, SamplingFlags {
   model: string;
@@ -38,6 +41,7 @@ interface RunFlags extends EngineFlags, SamplingFlags {
   predict: number;
   ignoreEos?: boolean;
   measureRecall?: boolean;
+  trace?: string;
   json?: boolean;
   report: boolean;
 }
@@ -53,7 +57,7 @@ export function runCommand(): Command {
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
   addExactOption(addEngineOptions(command));
-  addEngineChoice(command);
+  addTraceOption(addEngineChoice(command));
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
     .option('--measure-recall', 'compute each token exactly too, and report what the predictor misses (slow)')
@@ -84,23 +88,28 @@ async function run(flags: RunFlags): Promise<void> {
   const { vocab_size, eos_token_ids } = model.manifest.hyperparameters;
   requirePrompt(prompt, { contextLength: chooseContext(model, flags.ctxSize), vocabSize: vocab_size });
   await withInterrupt(async (signal) => {
-    const engine = await openEngine(model, options);
-    try {
-      logOpened(model, engine, flags.ctxSize);
-      const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
-      const meter = flags.measureRecall ? new RecallMeter(engine, model.manifest.hyperparameters) : null;
-      const generation = new Generation(meter ?? engine, {
-        prompt,
-        maxTokens: flags.predict,
-        sampling: samplingOptions(flags),
-        random: seededRandom(seed),
-        endTokens: flags.ignoreEos ? [] : eos_token_ids,
-        signal,
-      });
-      await stream(flags, model, engine, generation, { text, tokenizer, seed, meter });
-    } finally {
-      await engine.close();
-    }
+    await withTrace(flags.trace, async (trace) => {
+      const engine = await openEngine(model, { ...options, ...traceOptions(trace) });
+      try {
+        trace?.beginEngine(model.manifest.name, engine);
+        logOpened(model, engine, flags.ctxSize);
+        const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
+        const meter = flags.measureRecall ? new RecallMeter(engine, model.manifest.hyperparameters) : null;
+        const generation = new Generation(meter ?? engine, {
+          prompt,
+          maxTokens: flags.predict,
+          sampling: samplingOptions(flags),
+          random: seededRandom(seed),
+          endTokens: flags.ignoreEos ? [] : eos_token_ids,
+          signal,
+          ...(trace === null ? {} : { onSpans: (spans) => trace.add(spans, engine) }),
+        });
+        await stream(flags, model, engine, generation, { text, tokenizer, seed, meter });
+      } finally {
+        trace?.add([], engine);
+        await engine.close();
+      }
+    });
     if (signal.aborted) throw new ExitWith(EXIT.interrupted);
   });
 }
@@ -138,9 +147,10 @@ async function stream(
   if (!flags.report) return;
   const { timings, stopReason } = generation;
   const counters = engine.counters();
+  const roof = await measureRoof(engine, countersAfterPrompt, counters);
   const pageCacheBytes = await modelPageCacheBytes(model);
   const facts = { manifest: model.manifest, engine, timings, stopReason, seed, countersAfterPrompt, counters };
-  const report = runReport({ ...facts, pageCacheBytes, ...(meter ? { recall: meter.recall() } : {}) });
+  const report = runReport({ ...facts, pageCacheBytes, roof, ...(meter ? { recall: meter.recall() } : {}) });
   if (flags.json) await writeJson(report);
   else log(`\n${formatRunReport(report).trimEnd()}`);
 }

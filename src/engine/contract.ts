@@ -292,6 +292,8 @@ export interface EngineRequest {
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
    */
   mapped?: boolean;
+  /** Records (of 32 bytes) of each thread's trace, which keeps the newest. Default: 0, nothing is traced. */
+  traceRecords?: number;
 }
 
 export interface StepRequest {
@@ -367,17 +369,38 @@ export interface EngineCounters {
   predictor?: PredictorCounters;
 }
 
+/** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
+export interface NativeTrace {
+  records: ArrayBuffer;
+  dropped: number;
+}
+
+/** Bytes a second; null where it cannot be measured: memory that is mapped, flash that nothing is streamed from. */
+export interface Bandwidths {
+  memory: number | null;
+  flash: number | null;
+}
+
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   counters(): EngineCounters;
+  /** What threads did since the last call: records as native/base/trace.h has them, and how many did not fit. */
+  drainTrace(): NativeTrace;
+  /**
+   * What memory and flash give at best, in 0.1 s: the engine's own weights, read by its own threads, and reads of
+   * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
+   */
+  measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }
 
 export interface NativeAddon {
   cpu(): CpuReport;
+  /** Names of the stages that records of a trace have the numbers of. */
+  traceStages(): string[];
   encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
   encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
   /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
@@ -412,7 +435,7 @@ export interface NativeAddon {
    * tell: it does for files that the process owns or may write. A missing file is `NATIVE_IO`.
    */
   pageCacheBytes(path: string): Promise<number | null>;
-  /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps. */
+  /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps of the first GiB. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
   /** Bytes a second that reads of a file bring past the page cache, `lanes` at once; `how` says how they were really made. */
   measureFlashBandwidth(request: {

@@ -5,7 +5,15 @@ import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
 import type { Ablation } from './ablation.js';
 import { loadAddon } from './addon.js';
-import type { EngineCounters, EngineRequest, KernelSet, NativeAddon, NativeEngine } from './contract.js';
+import type {
+  Bandwidths,
+  EngineCounters,
+  EngineRequest,
+  KernelSet,
+  NativeAddon,
+  NativeEngine,
+  NativeTrace,
+} from './contract.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
 
@@ -27,6 +35,8 @@ export interface EngineOptions {
   exact?: boolean;
   /** Steps of streaming that are taken away, to measure what they bring. */
   ablate?: readonly Ablation[];
+  /** Records of each thread's trace; absent: nothing is traced. */
+  traceRecords?: number;
 }
 
 /**
@@ -112,6 +122,8 @@ export class Engine implements StepEngine {
   readonly name: EngineName;
   readonly ablated: readonly Ablation[];
   readonly #native: NativeEngine;
+  readonly #isTraced: boolean;
+  #traces: NativeTrace[] = [];
 
   private constructor(
     native: NativeEngine,
@@ -121,6 +133,7 @@ export class Engine implements StepEngine {
     loadMs: number,
   ) {
     this.#native = native;
+    this.#isTraced = (request.traceRecords ?? 0) > 0;
     this.name = engine;
     this.ablated = ablate;
     this.budgetBytes = budgetBytes;
@@ -170,10 +183,22 @@ export class Engine implements StepEngine {
     } catch (error) {
       throw nativeError(error, 'compute');
     }
+    // A step has the rings for itself.
+    if (this.#isTraced) this.#traces.push(this.#native.drainTrace());
+  }
+
+  /** What was traced since the last call, a part for each step. */
+  takeTrace(): NativeTrace[] {
+    return this.#traces.splice(0);
   }
 
   counters(): EngineCounters {
     return this.#native.counters();
+  }
+
+  /** What memory and flash give at best, the latter in reads of `flashReadBytes` bytes; between steps, in some 0.1 s. */
+  measureBandwidths(flashReadBytes: number): Promise<Bandwidths> {
+    return this.#native.measureBandwidths({ flashReadBytes });
   }
 
   async close(): Promise<void> {

@@ -2,6 +2,7 @@ import { Pi2Error } from '../base/error.js';
 import type { StepEngine } from './engine.js';
 import type { Random } from './random.js';
 import { type SamplingOptions, sampleToken } from './sampler.js';
+import type { SpanListener } from './timed-span.js';
 
 export interface GenerateOptions {
   /** Token ids of the prompt, checked by `requirePrompt`. */
@@ -13,6 +14,8 @@ export interface GenerateOptions {
   /** A token that ends the text is not yielded. Empty to go on regardless. */
   endTokens: readonly number[];
   signal?: AbortSignal;
+  /** For a trace. */
+  onSpans?: SpanListener;
 }
 
 /** Why generation ended: an end token, `maxTokens`, a full context, an abort. */
@@ -64,8 +67,14 @@ export class Generation {
       if (signal?.aborted) return this.#stop('interrupted');
       const first = timings.generatedTokens === 0;
       if (!first) await this.#engine.step(Int32Array.of(text[text.length - 1]), text.length - 1, this.#logits);
+      const computed = performance.now();
       const token = sampleToken(this.#logits, this.#options.sampling, text, this.#options.random);
-      const elapsed = performance.now() - stepStart;
+      const chosen = performance.now();
+      const elapsed = chosen - stepStart;
+      this.#options.onSpans?.([
+        { name: first ? 'prompt' : 'token', beginMs: stepStart, endMs: chosen },
+        { name: 'sampling', beginMs: computed, endMs: chosen },
+      ]);
       if (this.#options.endTokens.includes(token)) return this.#stop('end_token');
       if (first) timings.firstTokenMs = elapsed;
       else timings.latenciesMs.push(elapsed);

@@ -66,6 +66,7 @@ export async function planRequest(
   ) => ({
     ...base,
     ...(isMapped ? { mapped: true } : {}),
+    ...(options.traceRecords === undefined ? {} : { traceRecords: options.traceRecords }),
     ...(shape === undefined
       ? {}
       : streamRequest(

@@ -2,7 +2,7 @@ import os from 'node:os';
 import { formatBytes } from '../base/bytes.js';
 import { peakMemoryBytes } from '../base/memory.js';
 import type { Ablation } from '../engine/ablation.js';
-import type { EngineCounters } from '../engine/contract.js';
+import type { Bandwidths, EngineCounters } from '../engine/contract.js';
 import type { Engine, EngineName } from '../engine/engine.js';
 import type { GenerationTimings, StopReason } from '../engine/generate.js';
 import type { Recall } from '../engine/recall.js';
@@ -10,6 +10,7 @@ import type { Manifest } from '../format/manifest.js';
 import { readBuild } from './build.js';
 import { formatMs, formatShare, formatTable } from './format.js';
 import { type PredictorReport, predictorLines, predictorReport } from './predictor-report.js';
+import { describeRoofline, type RooflineReport, rooflineReport } from './roofline.js';
 import { summarize } from './statistics.js';
 import { type StreamReport, streamLines, streamReport } from './stream-report.js';
 
@@ -17,7 +18,7 @@ import { type StreamReport, streamLines, streamReport } from './stream-report.js
  * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
  * latency without a second token.
  */
-export interface RunReport extends StreamReport, PredictorReport {
+export interface RunReport extends StreamReport, PredictorReport, RooflineReport {
   type: 'report';
   model: string;
   family: string;
@@ -96,6 +97,8 @@ export interface RunFacts {
   stopReason: StopReason;
   seed: number;
   pageCacheBytes: number | null;
+  /** What memory and flash gave at best; null if it was not measured. */
+  roof: Bandwidths | null;
   /** Absent when it was not measured. */
   recall?: Recall;
   /** Counters after the prompt and at the end. */
@@ -159,6 +162,7 @@ export function runReport(facts: RunFacts): RunReport {
       engine.operatingPoint,
       facts.recall,
     ),
+    ...rooflineReport(facts.countersAfterPrompt, counters, decodeMs, facts.roof),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
     cpu_features: [...engine.cpuFeatures],
@@ -193,6 +197,7 @@ export function formatRunReport(report: RunReport): string {
     ...streamLines(report),
     ...predictorLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
+    ...rooflineLines(report),
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
     ['model', `${report.model} (${report.family}), ${report.quantization}, context ${report.context_length}`],
     ['stopped by', report.stop_reason.replace('_', ' ')],
@@ -209,6 +214,11 @@ function regionLines(report: RunReport): [string, string][] {
   const gates = `gates ${formatBytes(gates_bytes)} (${formatShare(gates_resident_share ?? 0)})`;
   const rows = `hot ${formatBytes(hot_bytes)}, cold ${formatBytes(cold_bytes)} (${formatShare(rows_resident_share ?? 0)})`;
   return [['neurons kept', report.kept_share === null ? `${gates}, ${rows}` : rows]];
+}
+
+function rooflineLines(report: RunReport): [string, string][] {
+  const text = describeRoofline(report);
+  return text === '' ? [] : [['roofline', text]];
 }
 
 function describePageCache({ page_cache_bytes: bytes }: RunReport): string {
