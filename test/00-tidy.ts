@@ -27,8 +27,9 @@ const LONG_SOURCES: Record<string, string> = {
 };
 
 const SKIPPED =
-  /^(\.git|\.tap|node_modules|build|dist|bench\/(cache|results)|demo\/stories-drelu|test\/fixtures)(\/|$)|\.pi2/;
-const TEXT = /\.(ts|tsx|js|mjs|cc|h|md|json|gyp|yml)$|^\.(ci\/run|npmrc|taprc|editorconfig|gitignore|clang-format)$/;
+  /^(\.git|\.tap|node_modules|build|dist|bench\/(cache|results|node_modules)|demo\/stories-drelu|test\/fixtures)(\/|$)|\.pi2/;
+const TEXT =
+  /\.(ts|tsx|js|mjs|cc|h|md|json|gyp|yml)$|^(bench\/\.npmrc|\.ci\/run)$|^\.(npmrc|taprc|editorconfig|gitignore|clang-format)$/;
 const SOURCE = /\.(ts|tsx|js|mjs|cc|h)$/;
 const SELF = 'test/00-tidy.ts';
 
@@ -100,7 +101,7 @@ t.test('files have one concept and a readable length', async (t) => {
 });
 
 t.test('nothing is unfinished, and nothing knows the machine it was written on', async (t) => {
-  const others = files.filter((file) => file !== SELF && file !== 'package-lock.json');
+  const others = files.filter((file) => file !== SELF && !file.endsWith('package-lock.json'));
   t.strictSame(findLines(others, /\b(TODO|FIXME|XXX|HACK|WIP|TBD)\b|\bnot (yet )?implemented\b|\bplaceholder\b/i), []);
   t.strictSame(findLines(others, /(^|[^\w.-])\/(work|tmp|home|root)\//), [], 'no paths of a machine');
   const outsideSupport = others.filter((file) => !file.startsWith('test/support/'));
@@ -126,7 +127,11 @@ t.test('what others call says what it does', async (t) => {
 t.test('the lock names no registry, and leaves no package out', async (t) => {
   const lock = read('package-lock.json');
   t.notMatch(lock, /"resolved"/, 'no address of a package');
-  const configured = findLines(['.npmrc', '.ci/run', 'package.json'], /https?:\/\/|\bregistry\b(?!-resolved)/);
+  t.notMatch(read('bench/package-lock.json'), /"resolved"/, 'nor in the lock of the benchmarks');
+  const configured = findLines(
+    ['.npmrc', '.ci/run', 'package.json', 'bench/.npmrc', 'bench/package.json'],
+    /https?:\/\/|\bregistry\b(?!-resolved)/,
+  );
   t.strictSame(configured, []);
   const { packages } = JSON.parse(lock);
   const missing: string[] = [];
@@ -156,10 +161,11 @@ t.test('every dependency is used, and DEPENDENCIES.md says what for', async (t) 
     [],
     'a line for each',
   );
+  const ofBenchmarks = Object.keys(JSON.parse(read('bench/package.json')).dependencies);
   const packages = rows.flatMap((row) => [...row.matchAll(/`(@?[\w-]+(?:\/[\w-]+)?)`/g)].map((match) => match[1]));
   const programs = ['aarch64-linux-gnu-g++', 'qemu-aarch64-static'];
   t.strictSame(
-    packages.filter((name) => !names.includes(name) && !programs.includes(name)),
+    packages.filter((name) => ![...names, ...ofBenchmarks, ...programs].includes(name)),
     [],
     'no line is left over',
   );
