@@ -47,8 +47,16 @@ Status ResidentExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
   order_.begin(job.layer_index * config_->expert_count + job.expert_index);
   if (job.predictor_x != nullptr) predictor_->begin(job);
-  const size_t chosen = job.tokens == 1 ? run_one(job) : run_batch(job);
-  if (job.predictor_x != nullptr) predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
+  if (job.tokens == 1) {
+    run_one(job);
+  } else {
+    run_batch(job);
+  }
+  if (job.predictor_x != nullptr) {
+    size_t chosen = 0;
+    for (size_t chunk = 0; chunk < chunks(); chunk++) chosen += chosen_[chunk];
+    predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
+  }
   return Status::ok();
 }
 
@@ -68,8 +76,7 @@ void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
   });
 }
 
-/** Returns how many neurons the predictor chose, of all tokens together. */
-size_t ResidentExperts::run_batch(const ExpertJob& job) {
+void ResidentExperts::run_batch(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const LayerWeights& layer = job.layer;
   const Activations& x = job.x;
@@ -117,10 +124,8 @@ size_t ResidentExperts::run_batch(const ExpertJob& job) {
     }
   });
   // Which neurons each part adds: those that fired for any token.
-  size_t chosen_count = 0;
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
     counters_.neurons_fired += fired_[chunk];
-    chosen_count += chosen_[chunk];
     if (fired_[chunk] == 0) continue;
     const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
@@ -158,31 +163,32 @@ size_t ResidentExperts::run_batch(const ExpertJob& job) {
       kernels_->to_natural_order(expert.down.encoding, job.out + (first + t) * job.out_stride + group * kGroup, 1);
     }
   });
-  return chosen_count;
 }
 
 /** One token: writes the neurons that the predictor chooses into neurons_, in ascending order, and returns how many. */
 size_t ResidentExperts::choose(const ExpertJob& job) {
-  constexpr size_t kBlockNeurons = Predictor::kMostGroups * kGroup;
+  constexpr size_t kBlockChunks = Predictor::kMostGroups * kChunksPerGroup;
   const size_t groups = group_count(config_->neuron_count);
-  const size_t blocks = (groups + Predictor::kMostGroups - 1) / Predictor::kMostGroups;
-  pool_->run(blocks, [&](size_t block, size_t thread) {
+  pool_->run((groups + Predictor::kMostGroups - 1) / Predictor::kMostGroups, [&](size_t block, size_t thread) {
     const size_t group = block * Predictor::kMostGroups;
     const float* scores = predictor_->score(job, group, std::min(Predictor::kMostGroups, groups - group), thread);
-    const size_t first = block * kBlockNeurons;
-    const size_t count = std::min(kBlockNeurons, config_->neuron_count - first);
-    uint32_t* chosen = neurons_ + first;
-    size_t chosen_count = 0;
-    for (size_t j = 0; j < count; j++) {
-      chosen[chosen_count] = static_cast<uint32_t>(first + j);
-      chosen_count += Predictor::reaches(scores[j], predictor_->threshold(job.layer_index, first + j, true));
+    const size_t end = std::min((block + 1) * kBlockChunks, chunks());
+    for (size_t chunk = block * kBlockChunks; chunk < end; chunk++, scores += kNeuronChunk) {
+      const size_t first = chunk * kNeuronChunk;
+      const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
+      uint32_t* list = neurons_ + first;
+      size_t chosen = 0;
+      for (size_t j = 0; j < count; j++) {
+        list[chosen] = static_cast<uint32_t>(first + j);
+        chosen += Predictor::reaches(scores[j], predictor_->threshold(job.layer_index, first + j, true));
+      }
+      chosen_[chunk] = static_cast<uint32_t>(chosen);
     }
-    chosen_[block] = static_cast<uint32_t>(chosen_count);
   });
   size_t total = 0;
-  for (size_t block = 0; block < blocks; block++) {
-    std::memmove(neurons_ + total, neurons_ + block * kBlockNeurons, chosen_[block] * sizeof(uint32_t));
-    total += chosen_[block];
+  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+    std::memmove(neurons_ + total, neurons_ + chunk * kNeuronChunk, chosen_[chunk] * sizeof(uint32_t));
+    total += chosen_[chunk];
   }
   return total;
 }
@@ -246,8 +252,7 @@ void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
   add_columns(*kernels_, expert.down.encoding, columns, count, groups, sums);
 }
 
-/** Returns how many neurons the predictor chose. */
-size_t ResidentExperts::run_one(const ExpertJob& job) {
+void ResidentExperts::run_one(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   // Chosen neurons are cut into long lists, whatever chunk they are of: a list begins without prefetched rows.
   const uint32_t* chosen = job.predictor_x == nullptr ? nullptr : neurons_;
@@ -279,7 +284,6 @@ size_t ResidentExperts::run_one(const ExpertJob& job) {
   for (size_t chunk = 0; chunk < lists; chunk++) fired += fired_[chunk];
   counters_.neurons_fired += fired;
   counters_.weight_bytes_read += (count + (config_->layout.matrices - 1) * fired) * expert.down.row_bytes();
-  return count;
 }
 
 }  // namespace pi2

@@ -21,8 +21,8 @@ class ResidentExperts : public Experts {
   ResidentExperts() = default;
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
-  size_t run_batch(const ExpertJob& job);
-  size_t run_one(const ExpertJob& job);
+  void run_batch(const ExpertJob& job);
+  void run_one(const ExpertJob& job);
   size_t choose(const ExpertJob& job);
   void add_part(const ExpertWeights& expert, size_t part);
   template <class Work>
@@ -40,8 +40,8 @@ class ResidentExperts : public Experts {
   float* tiles_ = nullptr;       // (thread, 2, batch, chunk): products of a chunk's rows
   Column* columns_ = nullptr;    // (part, neuron of the part): fired neurons of one token
   uint32_t* neurons_ = nullptr;  // (part, neuron of the part): neurons that fired for any token; one token: the chosen
-  uint32_t* fired_ = nullptr;    // (chunk, or list): how many
-  uint32_t* chosen_ = nullptr;   // (chunk, or block of scores): how many the predictor chose
+  uint32_t* fired_ = nullptr;    // (chunk): how many
+  uint32_t* chosen_ = nullptr;   // (chunk): how many were looked at
   float* part_sums_ = nullptr;   // (part, padded hidden): one token's sums
   float* tile_sums_ = nullptr;   // (thread, token of a tile, group): sums of one part and group
 };
