@@ -12,7 +12,7 @@ void StreamedExperts::find(const ExpertJob& job, size_t bank) {
   if (job.predictor_x != nullptr) {
     predictor_->begin(job);
     pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-      const float* scores = predictor_->score(job, group, thread);
+      const float* scores = predictor_->score(job, group, 1, thread);
       const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
       for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
         kinds_[chunk] = ChunkKind::kPredicted;

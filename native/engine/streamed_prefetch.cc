@@ -40,7 +40,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
     size_t on_flash = 0;
     for (size_t neuron = group * kGroup; neuron < end; neuron++) on_flash += cache_.rows(bank, neuron) == nullptr;
     if (on_flash * kFewOnFlash < end - group * kGroup) return;
-    const float* scores = predictor_->score(job, group, thread);
+    const float* scores = predictor_->score(job, group, 1, thread);
     for (size_t neuron = group * kGroup; neuron < end; neuron++) {
       float best = scores[neuron % kGroup];
       for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);

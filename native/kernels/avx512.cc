@@ -18,7 +18,7 @@ namespace pi2 {
 namespace {
 
 /** Columns summed into a tile of y before the next tile: few enough that the next batch's prefetched bytes stay in L2. */
-constexpr size_t kColumnBatch = 32;
+constexpr size_t kColumnBatch = 16;
 /** Tokens of one matmul tile: two rows by four tokens leave room in 32 registers, and their activations stay in L1. */
 constexpr size_t kTokenTile = 4;
 
@@ -78,13 +78,16 @@ inline Rows rows_from(Rows rows, size_t first) {
           rows.stride};
 }
 
-/** Non-temporal: weights are used once a token. A line of scales serves four groups. */
+/**
+ * Into L2. Not non-temporal, though weights are used once a token: Intel's cores bring such lines past L2 through the 16
+ * fill buffers of L1, a quarter of what memory gives. A line of scales serves four groups.
+ */
 template <size_t kGroupBytes>
 inline void prefetch_group(const uint8_t* weights, const uint8_t* scales, size_t group) {
   const char* bytes = reinterpret_cast<const char*>(weights + group * kGroupBytes);
-  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_T1);
   if (scales != nullptr && group % 4 == 0) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_NTA);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_T1);
   }
 }
 
@@ -119,13 +122,11 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   for (size_t r = 0; r < kRows; r++) {
     for (size_t t = 0; t < kTokens; t++) sums[r][t] = _mm512_setzero_ps();
   }
-  NextRows next(rows_from(rows, kRows), groups);
   for (size_t g = 0; g < groups; g++) {
-    // Several tokens: all rows are unpacked first, so that each activation is loaded once. One token: row by row.
+    // All rows are unpacked first, so that each activation is loaded once.
     GroupWeights w[kRows];
     __m512 scales[kRows];
     for (size_t r = 0; r < kRows; r++) {
-      if (kTokens == 1) next.prefetch<Format::kBytes>();
       w[r] = Format::unpack(rows.weights + r * rows.stride + g * Format::kBytes);
       scales[r] = load_scales(rows.scales + r * rows.stride + g * kGroupScaleBytes);
     }
@@ -145,54 +146,50 @@ inline void tile(Rows rows, size_t groups, const QuantizedGroup* x, float* y, si
   }
 }
 
-/** Up to four rows at any address, one token. While they are summed, the rows after them are prefetched one after another.
+/** Rows that prefetching runs ahead of a product. */
+constexpr size_t kRowsAhead = 3;
+
+/** Where a row lies. */
+struct Row {
+  const uint8_t* weights;  // null: there is none
+  const uint8_t* scales;
+};
+
+/**
+ * One row, one token; meanwhile the row `ahead` is prefetched. One row after another is what cores follow by themselves,
+ * beyond the lines that they are asked for: four rows at a time are slower.
  */
-template <class Format, size_t kRows>
-inline void list_tile(const uint8_t* const* rows, size_t scales_offset, const uint8_t* const* next, size_t next_count,
-                      size_t groups, const QuantizedGroup* x, float* y) {
-  __m512 sums[kRows];
-  for (size_t r = 0; r < kRows; r++) sums[r] = _mm512_setzero_ps();
-  size_t next_row = 0;
-  size_t next_group = 0;
+template <class Format>
+inline float row_product(Row row, Row ahead, size_t groups, const QuantizedGroup* x) {
+  __m512 sum = _mm512_setzero_ps();
   for (size_t g = 0; g < groups; g++) {
+    if (ahead.weights != nullptr) prefetch_group<Format::kBytes>(ahead.weights, ahead.scales, g);
     const GroupWeights values = {
         {load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128), load_line(x[g].values + 192)}};
-    const __m512i offset = load_line(x[g].q4_offset);
-    const __m512 x_scales = _mm512_load_ps(x[g].scales);
-    for (size_t r = 0; r < kRows; r++) {
-      if (next_row < next_count) {
-        prefetch_group<Format::kBytes>(next[next_row], next[next_row] + scales_offset, next_group);
-        if (++next_group == groups) {
-          next_group = 0;
-          next_row++;
-        }
-      }
-      const GroupWeights w = Format::unpack(rows[r] + g * Format::kBytes);
-      const __m512 scales = load_scales(rows[r] + scales_offset + g * kGroupScaleBytes);
-      sums[r] = add_group<Format::kOffsetShift>(w, scales, values, offset, x_scales, sums[r]);
-    }
+    sum = add_group<Format::kOffsetShift>(Format::unpack(row.weights + g * Format::kBytes),
+                                          load_scales(row.scales + g * kGroupScaleBytes), values, load_line(x[g].q4_offset),
+                                          _mm512_load_ps(x[g].scales), sum);
   }
-  for (size_t r = 0; r < kRows; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
+  return _mm512_reduce_add_ps(sum);
 }
 
 template <class Format>
 void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
               float* y) {
-  size_t r = 0;
-  for (; r + 4 <= row_count; r += 4) {
-    const size_t left = row_count - r - 4;
-    list_tile<Format, 4>(rows + r, scales_offset, rows + r + 4, left < 4 ? left : 4, groups, x, y + r);
-  }
-  for (; r < row_count; r++) {
-    list_tile<Format, 1>(rows + r, scales_offset, rows + r + 1, r + 1 < row_count ? 1 : 0, groups, x, y + r);
+  for (size_t r = 0; r < row_count; r++) {
+    const uint8_t* ahead = r + kRowsAhead < row_count ? rows[r + kRowsAhead] : nullptr;
+    const Row next = ahead == nullptr ? Row{} : Row{ahead, ahead + scales_offset};
+    y[r] = row_product<Format>({rows[r], rows[r] + scales_offset}, next, groups, x);
   }
 }
 
 template <class Format>
 void dot(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
-  size_t r = 0;
-  for (; r + 4 <= row_count; r += 4) tile<Format, 4, 1>(rows_from(rows, r), groups, x, y + r, 0);
-  for (; r < row_count; r++) tile<Format, 1, 1>(rows_from(rows, r), groups, x, y + r, 0);
+  for (size_t r = 0; r < row_count; r++) {
+    const Rows ahead = r + kRowsAhead < row_count ? rows_from(rows, r + kRowsAhead) : Rows{};
+    const Rows row = rows_from(rows, r);
+    y[r] = row_product<Format>({row.weights, row.scales}, {ahead.weights, ahead.scales}, groups, x);
+  }
 }
 
 template <class Format, size_t kTokens>
@@ -373,10 +370,10 @@ class ColumnPrefetch {
   inline void next() {
     if (columns_ == end_) return;
     const char* weights = reinterpret_cast<const char*>(columns_->weights + group_ * kGroupBytes);
-    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T0);
+    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T1);
     // One line of scales serves four groups.
     if (kScales && (group_ % 4 == 0 || group_ == group_begin_)) {
-      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T1);
     }
     if (++group_ == group_end_) {
       group_ = group_begin_;
