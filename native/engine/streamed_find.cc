@@ -83,8 +83,12 @@ void StreamedExperts::find_chosen(const ExpertJob& job, size_t bank, size_t chun
   const size_t first = chunk * kNeuronChunk;
   const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
   ThreadCounters& counters = thread_counters_[thread];
+  // Most neurons reach neither threshold: they are put aside by vectors, without a look at where they are.
+  uint8_t likely[kNeuronChunk];
+  predictor_->find_likely(job, scores, count, likely);
   uint32_t open = 0;
   for (size_t j = 0; j < count; j++) {
+    if (likely[j] == 0) continue;
     const size_t neuron = first + j;
     const bool in_memory = cache_.rows(bank, neuron) != nullptr;
     const float threshold = predictor_->threshold(job.layer_index, neuron, in_memory);

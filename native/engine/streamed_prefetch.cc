@@ -15,9 +15,8 @@ namespace {
 
 /** Of the neurons read ahead at least this share must be wanted, else less is read ahead. */
 constexpr double kLeastUsed = 0.6;
-/** Of a group of which fewer than one in so many is on flash no scores are computed: the few that are there are hardly used.
- */
-constexpr size_t kFewOnFlash = 16;
+/** A group of which fewer neurons on flash fire than this, in the mean of so many tokens, is not worth its scores. */
+constexpr float kLeastFired = 0.25f;
 /** How fast the amount follows: it grows slowly and shrinks fast. */
 constexpr double kGrowth = 1.05;
 constexpr double kDecline = 0.7;
@@ -32,20 +31,20 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   const size_t most = std::min(ahead_bytes_ / page_up(layout.unit_bytes), most_ahead(*config_));
   if (most == 0) return;
   // Candidates of a chunk take the places of its entries: there are none between two jobs.
-  predictor_->begin(job);
+  predictor_->begin(job, true);
   pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
     const size_t end = std::min((group + 1) * kGroup, config_->neuron_count);
     uint32_t* counts = open_count_ + group * kChunksPerGroup;
     for (size_t chunk = 0; chunk < kChunksPerGroup && group * kChunksPerGroup + chunk < chunks(); chunk++) counts[chunk] = 0;
-    size_t on_flash = 0;
-    for (size_t neuron = group * kGroup; neuron < end; neuron++) on_flash += cache_.rows(bank, neuron) == nullptr;
-    if (on_flash * kFewOnFlash < end - group * kGroup) return;
+    if (cache_.fired_elsewhere(bank, group) < kLeastFired) return;
     const float* scores = predictor_->score(job, group, thread);
+    uint8_t likely[kGroup];
+    predictor_->find_likely(job, scores, end - group * kGroup, likely);
     for (size_t neuron = group * kGroup; neuron < end; neuron++) {
+      if (likely[neuron % kGroup] == 0 || cache_.rows(bank, neuron) != nullptr) continue;
       float best = scores[neuron % kGroup];
       for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);
       if (!(best >= predictor_->threshold(job.layer_index, neuron, false))) continue;
-      if (cache_.rows(bank, neuron) != nullptr) continue;
       const size_t chunk = neuron / kNeuronChunk;
       const size_t entry = chunk * kNeuronChunk + open_count_[chunk]++;
       open_[entry] = static_cast<uint32_t>(neuron);
