@@ -69,7 +69,8 @@ size_t Predictor::carve(const EngineConfig& config, uint8_t* scratch) {
   factors_ = carver.take<float>(rank * config.batch_size);
   units_ = carver.take<uint32_t>(rank);
   columns_ = carver.take<Column>(rank);
-  scores_ = carver.take<float>(config.threads * config.batch_size * kGroup);
+  scores_room_ = std::max(config.batch_size, kMostGroups) * kGroup;
+  scores_ = carver.take<float>(config.threads * scores_room_);
   times_ = carver.take<ThreadTime>(config.threads);
   return carver.used();
 }
@@ -173,25 +174,26 @@ void Predictor::keep_strongest(const Layer& layer, size_t first) {
   }
 }
 
-const float* Predictor::score(const ExpertJob& job, size_t group, size_t thread) {
+const float* Predictor::score(const ExpertJob& job, size_t first, size_t count, size_t thread) {
   const auto start = Clock::now();
   const Layer& layer = layers_[job.layer_index];
   const size_t batch = config_->batch_size;
-  float* scores = scores_ + thread * batch * kGroup;
-  std::memset(scores, 0, job.tokens * kGroup * sizeof(float));
-  const ColumnList list{layer.fc2.rows_from(job.expert_index * layer.rank), units_, active_, factors_, batch};
+  const size_t room = count * kGroup;
+  float* scores = scores_ + thread * scores_room_;
+  std::memset(scores, 0, job.tokens * room * sizeof(float));
   if (job.tokens == 1) {
-    add_columns_of_group(*kernels_, layer.fc2.encoding, columns_, active_, group, scores);
+    add_columns_of_groups(*kernels_, layer.fc2.encoding, columns_, active_, first, count, scores);
   } else {
-    add_columns(*kernels_, layer.fc2.encoding, list, group, job.tokens, scores, kGroup);
+    const ColumnList list{layer.fc2.rows_from(job.expert_index * layer.rank), units_, active_, factors_, batch};
+    add_columns(*kernels_, layer.fc2.encoding, list, first, job.tokens, scores, kGroup);
   }
-  const size_t first = group * kGroup;
-  const size_t count = std::min(kGroup, config_->neuron_count - first);
-  const float* bias = layer.bias.floats() + job.expert_index * config_->neuron_count + first;
+  const size_t neuron = first * kGroup;
+  const size_t neurons = std::min(room, config_->neuron_count - neuron);
+  const float* bias = layer.bias.floats() + job.expert_index * config_->neuron_count + neuron;
   for (size_t t = 0; t < job.tokens; t++) {
-    float* of_token = scores + t * kGroup;
-    kernels_->to_natural_order(layer.fc2.encoding, of_token, 1);
-    for (size_t j = 0; j < count; j++) of_token[j] += bias[j];
+    float* of_token = scores + t * room;
+    kernels_->to_natural_order(layer.fc2.encoding, of_token, count);
+    for (size_t j = 0; j < neurons; j++) of_token[j] += bias[j];
   }
   times_[thread].ns += ns_since(start);
   return scores;

@@ -46,21 +46,16 @@ void multiply_list(const Kernels& kernels, Encoding encoding, const uint8_t* con
 }
 
 void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t groups, float* y) {
-  switch (encoding) {
-    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, 0, groups, y);
-    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, 0, groups, y);
-    case Encoding::kF16: return kernels.add_columns_f16(columns, count, 0, groups, y);
-    case Encoding::kF32: std::abort();
-  }
+  add_columns_of_groups(kernels, encoding, columns, count, 0, groups, y);
 }
 
-void add_columns_of_group(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group,
-                          float* y) {
-  float* first = y - group * kGroup;
+void add_columns_of_groups(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t first,
+                           size_t groups, float* y) {
+  float* start = y - first * kGroup;
   switch (encoding) {
-    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, group, group + 1, first);
-    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, group, group + 1, first);
-    case Encoding::kF16: return kernels.add_columns_f16(columns, count, group, group + 1, first);
+    case Encoding::kQ4: return kernels.add_columns_q4(columns, count, first, first + groups, start);
+    case Encoding::kQ8: return kernels.add_columns_q8(columns, count, first, first + groups, start);
+    case Encoding::kF16: return kernels.add_columns_f16(columns, count, first, first + groups, start);
     case Encoding::kF32: std::abort();
   }
 }

@@ -30,9 +30,9 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
 /** Kernels::add_columns_* of the encoding, over all groups [0, groups) of one token. */
 void add_columns(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t groups, float* y);
 
-/** The same for one group: y are its 256 outputs. Columns begin at group 0. */
-void add_columns_of_group(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t group,
-                          float* y);
+/** The same for groups [first, first + groups): y are their outputs. Columns begin at group 0. */
+void add_columns_of_groups(const Kernels& kernels, Encoding encoding, const Column* columns, size_t count, size_t first,
+                           size_t groups, float* y);
 
 /** Kernels::add_columns_batch_* of the encoding, for one group of several tokens; y_t = y + t * y_stride are its 256
  * outputs. */

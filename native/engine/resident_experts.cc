@@ -9,6 +9,13 @@
 
 namespace pi2 {
 
+namespace {
+
+/** Room of a list: a chunk, and neurons that share a byte of fired bits with its first. */
+constexpr size_t kListRoom = kNeuronChunk + 7;
+
+}  // namespace
+
 size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   Carver carver(scratch);
   const size_t batch = config.batch_size;
@@ -40,16 +47,8 @@ Status ResidentExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
   order_.begin(job.layer_index * config_->expert_count + job.expert_index);
   if (job.predictor_x != nullptr) predictor_->begin(job);
-  if (job.tokens == 1) {
-    run_one(job);
-  } else {
-    run_batch(job);
-  }
-  if (job.predictor_x != nullptr) {
-    size_t chosen = 0;
-    for (size_t chunk = 0; chunk < chunks(); chunk++) chosen += chosen_[chunk];
-    predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
-  }
+  const size_t chosen = job.tokens == 1 ? run_one(job) : run_batch(job);
+  if (job.predictor_x != nullptr) predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
   return Status::ok();
 }
 
@@ -61,7 +60,7 @@ void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
     return;
   }
   pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-    const float* scores = predictor_->score(job, group, thread);
+    const float* scores = predictor_->score(job, group, 1, thread);
     const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
     for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
       work(chunk, thread, scores + chunk % kChunksPerGroup * kNeuronChunk);
@@ -69,7 +68,8 @@ void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
   });
 }
 
-void ResidentExperts::run_batch(const ExpertJob& job) {
+/** Returns how many neurons the predictor chose, of all tokens together. */
+size_t ResidentExperts::run_batch(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const LayerWeights& layer = job.layer;
   const Activations& x = job.x;
@@ -117,8 +117,10 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     }
   });
   // Which neurons each part adds: those that fired for any token.
+  size_t chosen_count = 0;
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
     counters_.neurons_fired += fired_[chunk];
+    chosen_count += chosen_[chunk];
     if (fired_[chunk] == 0) continue;
     const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
@@ -156,36 +158,62 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
       kernels_->to_natural_order(expert.down.encoding, job.out + (first + t) * job.out_stride + group * kGroup, 1);
     }
   });
+  return chosen_count;
+}
+
+/** One token: writes the neurons that the predictor chooses into neurons_, in ascending order, and returns how many. */
+size_t ResidentExperts::choose(const ExpertJob& job) {
+  constexpr size_t kBlockNeurons = Predictor::kMostGroups * kGroup;
+  const size_t groups = group_count(config_->neuron_count);
+  const size_t blocks = (groups + Predictor::kMostGroups - 1) / Predictor::kMostGroups;
+  pool_->run(blocks, [&](size_t block, size_t thread) {
+    const size_t group = block * Predictor::kMostGroups;
+    const float* scores = predictor_->score(job, group, std::min(Predictor::kMostGroups, groups - group), thread);
+    const size_t first = block * kBlockNeurons;
+    const size_t count = std::min(kBlockNeurons, config_->neuron_count - first);
+    uint32_t* chosen = neurons_ + first;
+    size_t chosen_count = 0;
+    for (size_t j = 0; j < count; j++) {
+      chosen[chosen_count] = static_cast<uint32_t>(first + j);
+      chosen_count += Predictor::reaches(scores[j], predictor_->threshold(job.layer_index, first + j, true));
+    }
+    chosen_[block] = static_cast<uint32_t>(chosen_count);
+  });
+  size_t total = 0;
+  for (size_t block = 0; block < blocks; block++) {
+    std::memmove(neurons_ + total, neurons_ + block * kBlockNeurons, chosen_[block] * sizeof(uint32_t));
+    total += chosen_[block];
+  }
+  return total;
 }
 
 /**
- * Places the chunk's neurons that fire, and returns how many. `chosen`: the neurons of the chunk to
- * look at; all of them if `chosen_count` is `count`.
+ * Places the neurons of a chunk that fire, and returns how many. The chunk is neurons [first, first + count), or those that
+ * `chosen` names, up to kListRoom.
  */
-size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen,
-                                   size_t chosen_count) {
+size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const LayerWeights& layer = job.layer;
   const Activations& x = job.x;
   const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
-  float gates[kNeuronChunk];
-  float ups[kNeuronChunk];
-  uint32_t open[kNeuronChunk];  // neurons of the chunk whose gate fires
+  float gates[kListRoom];
+  float ups[kListRoom];
+  uint32_t open[kListRoom];  // neurons of the chunk whose gate fires
   size_t open_count = 0;
-  // Products of the listed neurons; of all of them as one matrix, which gives the same bits faster.
+  // Products of the listed neurons; of all in a row as one matrix, which gives the same bits faster.
   const auto multiply_some = [&](const Matrix& matrix, const uint32_t* list, size_t length, float* y) {
-    if (length == count) return multiply_rows(*kernels_, matrix, first, count, x, 1, y, 0);
-    const uint8_t* rows[kNeuronChunk];
-    for (size_t k = 0; k < length; k++) rows[k] = matrix.rows_from(first + list[k]).weights;
+    if (chosen == nullptr && length == count) return multiply_rows(*kernels_, matrix, first, count, x, 1, y, 0);
+    const uint8_t* rows[kListRoom];
+    for (size_t k = 0; k < length; k++) rows[k] = matrix.rows_from(list[k]).weights;
     multiply_list(*kernels_, matrix.encoding, rows, length, x, y);
   };
-  multiply_some(first_matrix, chosen, chosen_count, gates);
-  for (size_t k = 0; k < chosen_count; k++) {
-    const uint32_t j = chosen_count == count ? static_cast<uint32_t>(k) : chosen[k];
-    if (layer.up_bias.exists()) gates[k] += layer.up_bias.floats()[first + j];
+  multiply_some(first_matrix, chosen, count, gates);
+  for (size_t k = 0; k < count; k++) {
+    const size_t neuron = chosen == nullptr ? first + k : chosen[k];
+    if (layer.up_bias.exists()) gates[k] += layer.up_bias.floats()[neuron];
     if (!gate_fires(*config_, gates[k])) continue;
     gates[open_count] = gates[k];
-    open[open_count++] = j;
+    open[open_count++] = static_cast<uint32_t>(neuron);
   }
   if (expert.gate.exists()) {
     multiply_some(expert.up, open, open_count, ups);
@@ -196,10 +224,10 @@ size_t ResidentExperts::find_fired(const ExpertJob& job, size_t first, size_t co
   size_t fired = 0;
   for (size_t k = 0; k < open_count; k++) {
     if (gates[k] == 0.0f) continue;
-    order_.place(first + open[k], job.share(0) * gates[k], first + open[k]);
+    order_.place(open[k], job.share(0) * gates[k], open[k]);
     fired++;
-    if (job.fired.wanted()) job.fired.mark(0, first + open[k]);
-    if (job.fired.activations != nullptr) job.fired.put(0, first + open[k], gates[k]);
+    if (job.fired.wanted()) job.fired.mark(0, open[k]);
+    if (job.fired.activations != nullptr) job.fired.put(0, open[k], gates[k]);
   }
   return fired;
 }
@@ -218,37 +246,40 @@ void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
   add_columns(*kernels_, expert.down.encoding, columns, count, groups, sums);
 }
 
-void ResidentExperts::run_one(const ExpertJob& job) {
+/** Returns how many neurons the predictor chose. */
+size_t ResidentExperts::run_one(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
-  const size_t neurons = config_->neuron_count;
-  for_chunks(job, [&](size_t chunk, size_t, const float* scores) {
-    const size_t first = chunk * kNeuronChunk;
-    const size_t count = std::min(kNeuronChunk, neurons - first);
-    uint32_t chosen[kNeuronChunk];
-    size_t chosen_count = scores == nullptr ? count : 0;
-    for (size_t j = 0; scores != nullptr && j < count; j++) {
-      chosen[chosen_count] = static_cast<uint32_t>(j);
-      const float threshold = predictor_->threshold(job.layer_index, first + j, true);
-      chosen_count += Predictor::reaches(scores[j], threshold);
-    }
-    chosen_[chunk] = static_cast<uint32_t>(chosen_count);
-    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, count, chosen, chosen_count));
+  // Chosen neurons are cut into long lists, whatever chunk they are of: a list begins without prefetched rows.
+  const uint32_t* chosen = job.predictor_x == nullptr ? nullptr : neurons_;
+  const size_t count = chosen == nullptr ? config_->neuron_count : choose(job);
+  const auto start_of = [&](size_t chunk) {
+    size_t start = std::min(chunk * kNeuronChunk, count);
+    // Neurons that share a byte of fired bits stay together.
+    while (chosen != nullptr && start > 0 && start < count && chosen[start] / 8 == chosen[start - 1] / 8) start--;
+    return start;
+  };
+  const size_t lists = chunk_total(count);
+  pool_->run(lists, [&](size_t chunk, size_t) {
+    const size_t first = start_of(chunk);
+    const uint32_t* list = chosen == nullptr ? nullptr : chosen + first;
+    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, start_of(chunk + 1) - first, list));
   });
   pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });
-  const size_t length = group_count(config_->hidden_size) * kGroup;
-  for (size_t part = 0; part < kParts; part++) {
-    for (size_t i = 0; i < length; i++) job.out[i] += part_sums_[part * length + i];
-  }
-  kernels_->to_natural_order(expert.down.encoding, job.out, length / kGroup);
+  const size_t groups = group_count(config_->hidden_size);
+  pool_->run(groups, [&](size_t group, size_t) {
+    float* y = job.out + group * kGroup;
+    for (size_t part = 0; part < kParts; part++) {
+      const float* sums = part_sums_ + (part * groups + group) * kGroup;
+      for (size_t i = 0; i < kGroup; i++) y[i] += sums[i];
+    }
+    kernels_->to_natural_order(expert.down.encoding, y, 1);
+  });
 
   size_t fired = 0;
-  size_t chosen = 0;
-  for (size_t chunk = 0; chunk < chunks(); chunk++) {
-    fired += fired_[chunk];
-    chosen += chosen_[chunk];
-  }
+  for (size_t chunk = 0; chunk < lists; chunk++) fired += fired_[chunk];
   counters_.neurons_fired += fired;
-  counters_.weight_bytes_read += (chosen + (config_->layout.matrices - 1) * fired) * expert.down.row_bytes();
+  counters_.weight_bytes_read += (count + (config_->layout.matrices - 1) * fired) * expert.down.row_bytes();
+  return count;
 }
 
 }  // namespace pi2

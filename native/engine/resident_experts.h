@@ -21,12 +21,13 @@ class ResidentExperts : public Experts {
   ResidentExperts() = default;
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
-  void run_batch(const ExpertJob& job);
-  void run_one(const ExpertJob& job);
+  size_t run_batch(const ExpertJob& job);
+  size_t run_one(const ExpertJob& job);
+  size_t choose(const ExpertJob& job);
   void add_part(const ExpertWeights& expert, size_t part);
   template <class Work>
   void for_chunks(const ExpertJob& job, const Work& work);
-  size_t find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen, size_t chosen_count);
+  size_t find_fired(const ExpertJob& job, size_t first, size_t count, const uint32_t* chosen);
   size_t chunks() const;
   size_t part_size() const;
 
@@ -38,9 +39,9 @@ class ResidentExperts : public Experts {
   float* factors_ = nullptr;     // (neuron, batch): contributions to several tokens
   float* tiles_ = nullptr;       // (thread, 2, batch, chunk): products of a chunk's rows
   Column* columns_ = nullptr;    // (part, neuron of the part): fired neurons of one token
-  uint32_t* neurons_ = nullptr;  // (part, neuron of the part): neurons that fired for any token
-  uint32_t* fired_ = nullptr;    // (chunk): how many
-  uint32_t* chosen_ = nullptr;   // (chunk): how many were looked at
+  uint32_t* neurons_ = nullptr;  // (part, neuron of the part): neurons that fired for any token; one token: the chosen
+  uint32_t* fired_ = nullptr;    // (chunk, or list): how many
+  uint32_t* chosen_ = nullptr;   // (chunk, or block of scores): how many the predictor chose
   float* part_sums_ = nullptr;   // (part, padded hidden): one token's sums
   float* tile_sums_ = nullptr;   // (thread, token of a tile, group): sums of one part and group
 };

@@ -10,12 +10,17 @@ namespace pi2 {
 void StreamedExperts::find(const ExpertJob& job, size_t bank) {
   if (job.predictor_x != nullptr) {
     predictor_->begin(job);
-    pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-      const float* scores = predictor_->score(job, group, thread);
-      const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
-      for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
+    // Several tokens are scored a group at a time.
+    const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
+    const size_t groups = group_count(config_->neuron_count);
+    pool_->run((groups + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
+      const size_t group = block * most_groups;
+      const size_t last = std::min(group + most_groups, groups);
+      const float* scores = predictor_->score(job, group, last - group, thread);
+      const size_t first = group * kChunksPerGroup;
+      for (size_t chunk = first; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
         kinds_[chunk] = ChunkKind::kPredicted;
-        find_chosen(job, bank, chunk, scores + chunk % kChunksPerGroup * kNeuronChunk, thread);
+        find_chosen(job, bank, chunk, scores + (chunk - first) * kNeuronChunk, thread);
       }
     });
     return;

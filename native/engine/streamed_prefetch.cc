@@ -16,7 +16,7 @@ namespace {
 /** Of the neurons read ahead at least this share must be wanted, else less is read ahead. */
 constexpr double kLeastUsed = 0.6;
 /** A group of which fewer neurons on flash fire than this, in the mean of so many tokens, is not worth its scores. */
-constexpr float kLeastFired = 0.25f;
+constexpr float kLeastFired = 0.5f;
 /** How fast the amount follows: it grows slowly and shrinks fast. */
 constexpr double kGrowth = 1.05;
 constexpr double kDecline = 0.7;
@@ -32,18 +32,29 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   if (most == 0) return;
   // Candidates of a chunk take the places of its entries: there are none between two jobs.
   predictor_->begin(job, true);
-  pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-    const size_t end = std::min((group + 1) * kGroup, config_->neuron_count);
-    uint32_t* counts = open_count_ + group * kChunksPerGroup;
-    for (size_t chunk = 0; chunk < kChunksPerGroup && group * kChunksPerGroup + chunk < chunks(); chunk++) counts[chunk] = 0;
-    if (cache_.fired_elsewhere(bank, group) < kLeastFired) return;
-    const float* scores = predictor_->score(job, group, thread);
-    uint8_t likely[kGroup];
-    predictor_->find_likely(job, scores, end - group * kGroup, likely);
-    for (size_t neuron = group * kGroup; neuron < end; neuron++) {
-      if (likely[neuron % kGroup] == 0 || cache_.rows(bank, neuron) != nullptr) continue;
-      float best = scores[neuron % kGroup];
-      for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);
+  // Several tokens are scored a group at a time.
+  const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
+  const size_t groups = group_count(config_->neuron_count);
+  pool_->run((groups + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
+    size_t first = block * most_groups;
+    size_t last = std::min(first + most_groups, groups);
+    for (size_t chunk = first * kChunksPerGroup; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
+      open_count_[chunk] = 0;
+    }
+    const auto is_worth_it = [&](size_t group) { return cache_.fired_elsewhere(bank, group) >= kLeastFired; };
+    while (first < last && !is_worth_it(first)) first++;
+    while (first < last && !is_worth_it(last - 1)) last--;
+    if (first == last) return;
+    const float* scores = predictor_->score(job, first, last - first, thread);
+    const size_t begin = first * kGroup;
+    const size_t count = std::min(last * kGroup, config_->neuron_count) - begin;
+    uint8_t likely[Predictor::kMostGroups * kGroup];
+    predictor_->find_likely(job, scores, count, likely);
+    for (size_t j = 0; j < count; j++) {
+      const size_t neuron = begin + j;
+      if (likely[j] == 0 || cache_.rows(bank, neuron) != nullptr) continue;
+      float best = scores[j];
+      for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + j]);
       if (!(best >= predictor_->threshold(job.layer_index, neuron, false))) continue;
       const size_t chunk = neuron / kNeuronChunk;
       const size_t entry = chunk * kNeuronChunk + open_count_[chunk]++;

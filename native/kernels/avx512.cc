@@ -18,7 +18,7 @@ namespace pi2 {
 namespace {
 
 /** Columns summed into a tile of y before the next tile: few enough that the next batch's prefetched bytes stay in L2. */
-constexpr size_t kColumnBatch = 32;
+constexpr size_t kColumnBatch = 16;
 /** Tokens of one matmul tile: two rows by four tokens leave room in 32 registers, and their activations stay in L1. */
 constexpr size_t kTokenTile = 4;
 
@@ -78,13 +78,16 @@ inline Rows rows_from(Rows rows, size_t first) {
           rows.stride};
 }
 
-/** Non-temporal: weights are used once a token. A line of scales serves four groups. */
+/**
+ * Into L2. Not non-temporal, though weights are used once a token: Intel's cores bring such lines past L2 through the 16
+ * fill buffers of L1, a quarter of what memory gives. A line of scales serves four groups.
+ */
 template <size_t kGroupBytes>
 inline void prefetch_group(const uint8_t* weights, const uint8_t* scales, size_t group) {
   const char* bytes = reinterpret_cast<const char*>(weights + group * kGroupBytes);
-  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_NTA);
+  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_T1);
   if (scales != nullptr && group % 4 == 0) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_NTA);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_T1);
   }
 }
 
@@ -373,10 +376,10 @@ class ColumnPrefetch {
   inline void next() {
     if (columns_ == end_) return;
     const char* weights = reinterpret_cast<const char*>(columns_->weights + group_ * kGroupBytes);
-    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T0);
+    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T1);
     // One line of scales serves four groups.
     if (kScales && (group_ % 4 == 0 || group_ == group_begin_)) {
-      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T1);
     }
     if (++group_ == group_end_) {
       group_ = group_begin_;
