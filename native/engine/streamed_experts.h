@@ -154,14 +154,16 @@ class StreamedExperts : public Experts {
 
   void compute_round(const ExpertJob& job, size_t bank, const Round& round);
   void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
+  void resident_stage(const ExpertJob& job, const Round& round, size_t first, size_t thread);
   void gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
   void row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
-  void multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  size_t list_entries(size_t chunk, EntryState state, uint32_t* entries) const;
+  void multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
   void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
   bool land_gates(size_t bank, size_t chunk, size_t thread);
   bool land_rows(size_t bank, size_t chunk, size_t thread);
   void unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down);
-  void activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  size_t activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
   void activate_batch(const ExpertJob& job, size_t chunk, size_t thread);
   void add_part(const ExpertJob& job, size_t part, size_t thread);
   bool wait_for(ReadRequest& request, uint64_t* stall_ns);
