@@ -124,6 +124,13 @@ class StreamedExperts : public Experts {
     std::atomic<uint32_t> stages{0};
   };
 
+  /** What something took of late. */
+  struct Mean {
+    double mean = 0;
+    uint64_t count = 0;
+    void add(double value);
+  };
+
   StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
                   const SumOrder& order)
       : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {}
@@ -149,6 +156,8 @@ class StreamedExperts : public Experts {
   void keep_fired(size_t bank, size_t chunk);
 
   bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
+  bool is_asking_worth_it();
+  void judge_asking(double waited);
   void tune_ahead();
   void end_ahead();
 
@@ -240,6 +249,12 @@ class StreamedExperts : public Experts {
   ReadRequest** ahead_read_ = nullptr;  // (neuron): its read ahead, or null
   size_t ahead_count_ = 0;
   size_t ahead_used_ = 0;
+  bool could_ask_ = false;   // whether the predictor could be asked ahead of the present job
+  bool is_asked_ = false;    // whether it was
+  uint64_t ahead_jobs_ = 0;  // that could have been
+  Mean asking_;              // seconds of a job, summed over threads: the scores before attention
+  Mean waiting_asked_;       // waiting for flash then
+  Mean waiting_;             // waiting for flash without them
   StreamCounters stream_counters_;
 };
 

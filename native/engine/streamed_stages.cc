@@ -187,7 +187,7 @@ size_t StreamedExperts::list_entries(size_t chunk, EntryState state, uint32_t* e
 /** One token: raw products of the gates of up to kListRoom entries, wherever they are, into gates_. */
 void StreamedExperts::multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread) {
   if (count == 0) return;
-  const uint8_t* rows[kListRoom];
+  const uint8_t* rows[kListRoom] = {};
   float products[kListRoom];
   for (size_t k = 0; k < count; k++) rows[k] = part1_[entries[k]];
   multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, products);
@@ -243,6 +243,7 @@ size_t StreamedExperts::activate_entries(const ExpertJob& job, const uint32_t* e
     values[open_count] = gates_[entry];
     open[open_count++] = entry;
   }
+  if (open_count == 0) return 0;
   if (config_->gated) {
     multiply_list(*kernels_, config_->ffn_encoding, rows, open_count, job.x, ups);
     thread_counters_[thread].rows += open_count;
