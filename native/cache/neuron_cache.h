@@ -28,6 +28,7 @@
 
 #include "native/base/memory.h"
 #include "native/base/status.h"
+#include "native/kernels/encoding.h"
 
 namespace pi2 {
 
@@ -62,6 +63,13 @@ class NeuronCache {
   uint8_t* first_rows(size_t bank, size_t neuron) const { return place(bank, neuron); }
   /** Up and down rows wherever they are kept, or null. */
   const uint8_t* rows(size_t bank, size_t neuron) const { return place(bank, neuron); }
+  /**
+   * How many neurons of group `group` (kGroup in a row) that have no place fire in a tick, in the mean: by their rates, or
+   * kAssumedRate each. Kept up to date, so that it costs nothing to ask.
+   */
+  float fired_elsewhere(size_t bank, size_t group) const {
+    return static_cast<float>(banks_[bank].elsewhere[group]) / kRateUnits;
+  }
 
   /** A new token (or batch) reaches the bank. */
   void begin_tick(size_t bank) { banks_[bank].tick++; }
@@ -95,9 +103,10 @@ class NeuronCache {
     uint8_t* hot;
     uint8_t* cold;
     Neuron* neurons;
-    int32_t* neuron_of;  // (slot); kNoSlot if free
-    size_t free_from;    // slots below it have been given out at least once
-    size_t hand;         // slot that is looked at next for one to take
+    int32_t* neuron_of;   // (slot); kNoSlot if free
+    uint32_t* elsewhere;  // (group): rates of the neurons that have no place, added up; see rate_units
+    size_t free_from;     // slots below it have been given out at least once
+    size_t hand;          // slot that is looked at next for one to take
     uint32_t tick;
   };
 
@@ -107,14 +116,20 @@ class NeuronCache {
     const int32_t slot = b.neurons[neuron].slot;
     return slot == kNoSlot ? nullptr : b.cold + static_cast<size_t>(slot) * slot_bytes_;
   }
-  static float recent_now(const Bank& bank, const Neuron& neuron);
+  float recent_now(const Bank& bank, const Neuron& neuron) const;
+  uint32_t rate_units(const Neuron& neuron) const;
   /** How much a neuron is worth a slot. */
   float score_now(const Bank& bank, const Neuron& neuron) const {
     if (policy_ == CachePolicy::kRecency) return static_cast<float>(neuron.used);
     return recent_now(bank, neuron) + neuron.usual;
   }
 
+  /** Rates are added up as integers of this unit: what comes in and goes out again leaves nothing. */
+  static constexpr float kRateUnits = 4096.0f;
+
   CachePolicy policy_ = CachePolicy::kFrequency;
+  std::vector<float> decay_;  // (ticks): what is left of a use
+  bool knows_rates_ = false;
   size_t part1_bytes_ = 0;
   size_t slot_bytes_ = 0;
   HugeMemory memory_;

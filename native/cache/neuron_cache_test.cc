@@ -5,6 +5,7 @@
 #include "native/cache/neuron_cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -157,6 +158,14 @@ class Trial {
       const bool expected = n < plans_[bank].hot_neurons || kept_[bank].count(n) > 0;
       expect((rows != nullptr) == expected, "kept as the model says", bank, n);
       if (rows != nullptr) expect(holds(rows, slot_bytes_, byte_of(bank, n, 2)), "rows are intact", bank, n);
+    }
+    for (size_t group = 0; group < group_count(neurons_); group++) {
+      float fired = 0;
+      for (size_t n = group * kGroup; n < std::min((group + 1) * kGroup, neurons_); n++) {
+        if (cache_.rows(bank, n) == nullptr) fired += rates_.empty() ? 0.1f : rates_[bank * neurons_ + n];
+      }
+      const bool is_close = std::abs(cache_.fired_elsewhere(bank, group) - fired) < 0.05f;
+      expect(is_close, "what fires elsewhere is added up", bank, group * kGroup);
     }
   }
 

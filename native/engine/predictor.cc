@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <functional>
+#include <limits>
 
 #include "native/base/carver.h"
 #include "native/engine/product.h"
+#include "native/kernels/half.h"
 
 namespace pi2 {
 namespace {
@@ -14,6 +18,11 @@ using Clock = std::chrono::steady_clock;
 
 /** Hidden units that one thread takes at a time: ranks are small, and every thread should get some. */
 constexpr size_t kUnitChunk = 32;
+
+/** Of the units of a token that are not 0, a rough guess uses this share. */
+constexpr double kRoughShare = 0.75;
+/** The size of a column is estimated from one group in so many. */
+constexpr size_t kSizeSteps = 8;
 
 uint64_t ns_since(Clock::time_point start) {
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
@@ -28,7 +37,30 @@ size_t most_rank(const EngineConfig& config) {
   return rank;
 }
 
+/** Root of the sum of squares of the scales of every kSizeSteps-th group of a vector; of its numbers, where it has no
+ * scales. */
+float estimate_size(const Matrix& matrix, size_t row) {
+  const Rows rows = matrix.rows_from(row);
+  const bool is_scaled = scale_bytes(matrix.encoding, kGroup) > 0;
+  const size_t count = is_scaled ? kGroupBlocks : kGroup;
+  const auto* halves = reinterpret_cast<const uint16_t*>(is_scaled ? rows.scales : rows.weights);
+  float sum = 0;
+  for (size_t group = 0; group < group_count(matrix.columns); group += kSizeSteps) {
+    for (size_t i = 0; i < count; i++) {
+      const float number = half_to_float_scalar(halves[group * count + i]);
+      sum += number * number;
+    }
+  }
+  return std::sqrt(sum);
+}
+
 }  // namespace
+
+size_t Predictor::bytes_needed(const EngineConfig& config) {
+  size_t units = 0;
+  for (const TensorConfig& tensor : config.predictor.tensors) units += tensor.name.ends_with(".fc2") ? tensor.rows : 0;
+  return TensorFile::bytes_needed(config.predictor.extents) + units * sizeof(float);
+}
 
 size_t Predictor::carve(const EngineConfig& config, uint8_t* scratch) {
   Carver carver(scratch);
@@ -66,9 +98,15 @@ Status Predictor::load(const EngineConfig& config) {
     taker.take(prefix + "fc1", fc1->rows, config.hidden_size, true, false, &layer.fc1);
     taker.take(prefix + "fc2", fc1->rows, config.neuron_count, true, false, &layer.fc2);
     taker.take(prefix + "bias", config.expert_count, config.neuron_count, true, true, &layer.bias);
+    layer.first_size = sizes_.size();
     layers_.push_back(layer);
+    sizes_.resize(sizes_.size() + fc1->rows);
   }
-  return taker.status();
+  if (!taker.status().is_ok()) return taker.status();
+  for (const Layer& layer : layers_) {
+    for (size_t unit = 0; unit < layer.fc2.rows; unit++) sizes_[layer.first_size + unit] = estimate_size(layer.fc2, unit);
+  }
+  return Status::ok();
 }
 
 void Predictor::bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch) {
@@ -78,7 +116,7 @@ void Predictor::bind(const EngineConfig& config, const Kernels& kernels, ThreadP
   carve(config, scratch);
 }
 
-void Predictor::begin(const ExpertJob& job) {
+void Predictor::begin(const ExpertJob& job, bool rough) {
   const TraceSpan span(pool_->trace(), TraceStage::kPredict);
   const auto start = Clock::now();
   const Layer& layer = layers_[job.layer_index];
@@ -107,8 +145,34 @@ void Predictor::begin(const ExpertJob& job) {
     }
     if (active) units_[active_++] = static_cast<uint32_t>(unit);
   }
+  if (rough && job.tokens == 1) keep_strongest(layer, first);
   counters_.weight_bytes_read += rank * layer.fc1.row_bytes() + active_ * layer.fc2.row_bytes();
   counters_.ns += ns_since(start) * pool_->threads();
+}
+
+/** Of one token's columns those with the largest part in scores, in their order. */
+void Predictor::keep_strongest(const Layer& layer, size_t first) {
+  const auto kept = static_cast<size_t>(std::ceil(kRoughShare * static_cast<double>(active_)));
+  if (kept == active_) return;
+  const float* sizes = sizes_.data() + layer.first_size + first;
+  // What is not a number counts as large, and compares.
+  const auto strength = [&](size_t unit) {
+    constexpr float kLarge = std::numeric_limits<float>::max();
+    const float value = hidden_[unit] * sizes[unit];
+    return value < kLarge ? value : kLarge;
+  };
+  size_t count = 0;
+  for (size_t unit = 0; unit < layer.rank; unit++) {
+    if (!(hidden_[unit] <= 0)) factors_[count++] = strength(unit);
+  }
+  std::nth_element(factors_, factors_ + kept - 1, factors_ + count, std::greater<float>());
+  const float least = factors_[kept - 1];
+  count = active_ = 0;
+  for (size_t unit = 0; unit < layer.rank; unit++) {
+    if (hidden_[unit] <= 0) continue;
+    const Column column = columns_[count++];
+    if (strength(unit) >= least) columns_[active_++] = column;
+  }
 }
 
 const float* Predictor::score(const ExpertJob& job, size_t first, size_t count, size_t thread) {
@@ -135,6 +199,15 @@ const float* Predictor::score(const ExpertJob& job, size_t first, size_t count, 
   }
   times_[thread].ns += ns_since(start);
   return scores;
+}
+
+void Predictor::find_likely(const ExpertJob& job, const float* scores, size_t count, uint8_t* likely) const {
+  const PredictorConfig& predictor = config_->predictor;
+  const float least = std::min(predictor.memory_thresholds[job.layer_index], predictor.flash_thresholds[job.layer_index]);
+  std::memset(likely, 0, count);
+  for (size_t t = 0; t < job.tokens; t++) {
+    for (size_t j = 0; j < count; j++) likely[j] |= static_cast<uint8_t>(reaches(scores[t * kGroup + j], least));
+  }
 }
 
 void Predictor::count(size_t scored, size_t chosen, size_t skipped_on_flash) {

@@ -31,7 +31,7 @@ struct PredictorCounters {
 class Predictor {
  public:
   /** Bytes of weights, and of scratch. */
-  static size_t bytes_needed(const EngineConfig& config) { return TensorFile::bytes_needed(config.predictor.extents); }
+  static size_t bytes_needed(const EngineConfig& config);
   static size_t scratch_bytes(const EngineConfig& config);
 
   /** Reads and checks predictor.bin. */
@@ -39,8 +39,11 @@ class Predictor {
   /** The configuration must outlive this object. */
   void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, uint8_t* scratch);
 
-  /** Computes the hidden units for the tokens of a job; `score` may be called until the next job begins. */
-  void begin(const ExpertJob& job);
+  /**
+   * Computes the hidden units for the tokens of a job; `score` may be called until the next job begins. A `rough` guess for
+   * one token is made of the strongest units alone: for what changes no result.
+   */
+  void begin(const ExpertJob& job, bool rough = false);
   /**
    * Groups that `score` takes at once for one token. A hidden unit's weights of one group are 144 bytes (q4), of four 576 in
    * a row: memory gives those a fourth faster.
@@ -61,11 +64,17 @@ class Predictor {
   /** A score that is not a number counts as high: trouble stays visible. */
   static bool reaches(float score, float threshold) { return !(score < threshold); }
 
+  /**
+   * likely[j] = whether any token's score of neuron j reaches one of the layer's thresholds. `scores` as `score` returns
+   * them, or from a neuron further on.
+   */
+  void find_likely(const ExpertJob& job, const float* scores, size_t count, uint8_t* likely) const;
+
   /** Counts what a job chose; on the caller's thread. */
   void count(size_t scored, size_t chosen, size_t skipped_on_flash);
   /** Sums up what threads took. */
   PredictorCounters counters() const;
-  size_t bytes() const { return file_.bytes(); }
+  size_t bytes() const { return file_.bytes() + sizes_.size() * sizeof(float); }
 
  private:
   struct Layer {
@@ -73,12 +82,14 @@ class Predictor {
     Matrix fc2;   // [experts * rank x neurons]
     Matrix bias;  // [experts x neurons]
     size_t rank;
+    size_t first_size;  // of its columns of fc2, in sizes_
   };
   /** On a cache line of its own. */
   struct alignas(64) ThreadTime {
     uint64_t ns = 0;
   };
 
+  void keep_strongest(const Layer& layer, size_t first);
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
@@ -87,8 +98,9 @@ class Predictor {
   ThreadPool* pool_ = nullptr;
   TensorFile file_;
   std::vector<Layer> layers_;
+  std::vector<float> sizes_;     // (layer, expert, unit): about how large the numbers of a column of fc2 are
   float* hidden_ = nullptr;      // (batch, most rank): fc1 . x
-  float* factors_ = nullptr;     // (most rank, batch): the same after ReLU, several tokens
+  float* factors_ = nullptr;     // (most rank, batch): the same after ReLU, several tokens; strengths of one
   uint32_t* units_ = nullptr;    // (most rank): hidden units that are not 0 for every token
   Column* columns_ = nullptr;    // (most rank): of fc2, one token
   float* scores_ = nullptr;      // (thread, scores_room_)

@@ -50,12 +50,17 @@ inline size_t chunk_flash_bytes(const EngineConfig& config) {
 }
 
 /**
- * Most bytes of staging that one missing neuron can need: both parts on pages of their own, and gaps before them. Rounds are
- * cut by it, not by what is really read: what was read ahead, or in one phase instead of two, must not change which neurons
- * share a round, since that decides which of them get a slot.
+ * Most bytes of staging that a missing neuron can need, `distance` neurons behind the last missing one of its chunk: the
+ * pages of both parts, and where that one is near, pages of neighbours and gaps that reads take along. Rounds are cut by it,
+ * not by what is really read: what was read ahead, or in one phase instead of two, must not change which neurons share a
+ * round, since that decides which of them get a slot.
  */
-inline size_t entry_flash_bytes(const EngineConfig& config) {
-  return page_up(config.layout.part1_bytes) + page_up(config.layout.part2_bytes) + 2 * (kPageBytes + kGapBytes);
+inline size_t entry_flash_bytes(const EngineConfig& config, size_t distance) {
+  const BundleLayout& layout = config.layout;
+  const size_t own = std::max(page_up(layout.part1_bytes) + page_up(layout.part2_bytes), layout.unit_bytes);
+  const bool is_alone = layout.neurons_per_unit == 1 && (distance - 1) * layout.unit_bytes > kGapBytes;
+  // A unit is whole pages: a part at its start touches no other.
+  return is_alone && has_split_parts(config) ? own : own + 2 * (kPageBytes + kGapBytes);
 }
 
 /** Most reads of one chunk, both phases. */

@@ -212,6 +212,8 @@ bool StreamedExperts::are_two_phases_faster() {
 Status StreamedExperts::run(const ExpertJob& job) {
   const size_t bank = job.layer_index * config_->expert_count + job.expert_index;
   counters_.neurons_seen += config_->neuron_count * job.tokens;
+  const bool could_ask = std::exchange(could_ask_, false);
+  const uint64_t stall_before = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns;
   if (ahead_bank_ != bank) end_ahead();
   cache_.begin_tick(bank);
   order_.begin(bank);
@@ -243,6 +245,8 @@ Status StreamedExperts::run(const ExpertJob& job) {
   end_ahead();
   if (!failure.any()) add_parts(job);
   collect_counters(job);
+  const uint64_t stall = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns - stall_before;
+  if (could_ask) judge_asking(static_cast<double>(stall) * 1e-9);
   return failure.take();
 }
 

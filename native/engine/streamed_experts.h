@@ -130,6 +130,13 @@ class StreamedExperts : public Experts {
     std::atomic<uint32_t> stages{0};
   };
 
+  /** What something took of late. */
+  struct Mean {
+    double mean = 0;
+    uint64_t count = 0;
+    void add(double value);
+  };
+
   StreamedExperts(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Predictor* predictor,
                   const SumOrder& order)
       : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {}
@@ -158,19 +165,23 @@ class StreamedExperts : public Experts {
   void trace_counters();
 
   bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
+  bool is_asking_worth_it();
+  void judge_asking(double waited);
   void tune_ahead();
   void end_ahead();
 
   void compute_round(const ExpertJob& job, size_t bank, const Round& round);
   void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
+  void resident_stage(const ExpertJob& job, const Round& round, size_t first, size_t thread);
   void gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
   void row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
-  void multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  size_t list_entries(size_t chunk, EntryState state, uint32_t* entries) const;
+  void multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
   void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
   bool land_gates(size_t bank, size_t chunk, size_t thread);
   bool land_rows(size_t bank, size_t chunk, size_t thread);
   void unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down);
-  void activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread);
+  size_t activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
   void activate_batch(const ExpertJob& job, size_t chunk, size_t thread);
   void add_part(const ExpertJob& job, size_t part, size_t thread);
   bool wait_for(ReadRequest& request, uint64_t* stall_ns);
@@ -247,6 +258,12 @@ class StreamedExperts : public Experts {
   ReadRequest** ahead_read_ = nullptr;  // (neuron): its read ahead, or null
   size_t ahead_count_ = 0;
   size_t ahead_used_ = 0;
+  bool could_ask_ = false;   // whether the predictor could be asked ahead of the present job
+  bool is_asked_ = false;    // whether it was
+  uint64_t ahead_jobs_ = 0;  // that could have been
+  Mean asking_;              // seconds of a job, summed over threads: the scores before attention
+  Mean waiting_asked_;       // waiting for flash then
+  Mean waiting_;             // waiting for flash without them
   StreamCounters stream_counters_;
 };
 

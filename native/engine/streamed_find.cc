@@ -11,12 +11,17 @@ void StreamedExperts::find(const ExpertJob& job, size_t bank) {
   const TraceSpan span(pool_->trace(), TraceStage::kFind);
   if (job.predictor_x != nullptr) {
     predictor_->begin(job);
-    pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-      const float* scores = predictor_->score(job, group, 1, thread);
-      const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
-      for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
+    // Several tokens are scored a group at a time.
+    const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
+    const size_t groups = group_count(config_->neuron_count);
+    pool_->run((groups + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
+      const size_t group = block * most_groups;
+      const size_t last = std::min(group + most_groups, groups);
+      const float* scores = predictor_->score(job, group, last - group, thread);
+      const size_t first = group * kChunksPerGroup;
+      for (size_t chunk = first; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
         kinds_[chunk] = ChunkKind::kPredicted;
-        find_chosen(job, bank, chunk, scores + chunk % kChunksPerGroup * kNeuronChunk, thread);
+        find_chosen(job, bank, chunk, scores + (chunk - first) * kNeuronChunk, thread);
       }
     });
     return;
@@ -84,8 +89,12 @@ void StreamedExperts::find_chosen(const ExpertJob& job, size_t bank, size_t chun
   const size_t first = chunk * kNeuronChunk;
   const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
   ThreadCounters& counters = thread_counters_[thread];
+  // Most neurons reach neither threshold: they are put aside by vectors, without a look at where they are.
+  uint8_t likely[kNeuronChunk];
+  predictor_->find_likely(job, scores, count, likely);
   uint32_t open = 0;
   for (size_t j = 0; j < count; j++) {
+    if (likely[j] == 0) continue;
     const size_t neuron = first + j;
     const bool in_memory = cache_.rows(bank, neuron) != nullptr;
     const float threshold = predictor_->threshold(job.layer_index, neuron, in_memory);

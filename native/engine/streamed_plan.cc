@@ -19,8 +19,15 @@ bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) 
     size_t reads = chunk_reads(*config_);
     if (is_predicted) {
       size_t missing = 0;
-      for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) missing += state_[entry] == kMissing;
-      bytes = std::min(bytes, missing * entry_flash_bytes(*config_));
+      size_t needed = 0;
+      size_t last = 0;
+      for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+        if (state_[entry] != kMissing) continue;
+        needed += entry_flash_bytes(*config_, missing == 0 ? kNeuronChunk : open_[entry] - last);
+        last = open_[entry];
+        missing++;
+      }
+      bytes = std::min(bytes, needed);
       reads = 3 * missing;
     }
     const bool fits = round->planned_bytes + bytes <= half && round->planned_reads + reads <= half_requests_;

@@ -5,8 +5,13 @@
  * How much is read ahead follows what is left of flash: as much as really arrived until it was wanted. Where guesses are
  * poor, reads ahead take flash away from reads that are needed, and fewer are begun (field experience: on a busy flash
  * prefetching costs more than it brings).
+ *
+ * Asking twice costs too: where flash answers sooner than memory gives the predictor's weights, waiting is cheaper. So a
+ * few jobs do the other thing, and what is cheaper of late, asking and waiting or waiting alone, the others do.
  */
 #include <algorithm>
+#include <chrono>
+#include <utility>
 
 #include "native/engine/streamed_experts.h"
 
@@ -15,9 +20,12 @@ namespace {
 
 /** Of the neurons read ahead at least this share must be wanted, else less is read ahead. */
 constexpr double kLeastUsed = 0.6;
-/** Of a group of which fewer than one in so many is on flash no scores are computed: the few that are there are hardly used.
- */
-constexpr size_t kFewOnFlash = 16;
+/** A group of which fewer neurons on flash fire than this, in the mean of so many tokens, is not worth its scores. */
+constexpr float kLeastFired = 0.5f;
+/** One job in so many tries what does not seem worth it. */
+constexpr uint64_t kTrialEvery = 16;
+/** Weight of the latest job in what asking and waiting take of late. */
+constexpr double kLatest = 1.0 / 64;
 /** How fast the amount follows: it grows slowly and shrinks fast. */
 constexpr double kGrowth = 1.05;
 constexpr double kDecline = 0.7;
@@ -31,27 +39,44 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   ahead_bank_ = bank;
   const size_t most = std::min(ahead_bytes_ / page_up(layout.unit_bytes), most_ahead(*config_));
   if (most == 0) return;
+  could_ask_ = true;
+  is_asked_ = is_asking_worth_it();
+  if (!is_asked_) return;
+  const auto start = std::chrono::steady_clock::now();
   // Candidates of a chunk take the places of its entries: there are none between two jobs.
-  predictor_->begin(job);
-  pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
-    const size_t end = std::min((group + 1) * kGroup, config_->neuron_count);
-    uint32_t* counts = open_count_ + group * kChunksPerGroup;
-    for (size_t chunk = 0; chunk < kChunksPerGroup && group * kChunksPerGroup + chunk < chunks(); chunk++) counts[chunk] = 0;
-    size_t on_flash = 0;
-    for (size_t neuron = group * kGroup; neuron < end; neuron++) on_flash += cache_.rows(bank, neuron) == nullptr;
-    if (on_flash * kFewOnFlash < end - group * kGroup) return;
-    const float* scores = predictor_->score(job, group, 1, thread);
-    for (size_t neuron = group * kGroup; neuron < end; neuron++) {
-      float best = scores[neuron % kGroup];
-      for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + neuron % kGroup]);
+  predictor_->begin(job, true);
+  // Several tokens are scored a group at a time.
+  const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
+  const size_t groups = group_count(config_->neuron_count);
+  pool_->run((groups + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
+    size_t first = block * most_groups;
+    size_t last = std::min(first + most_groups, groups);
+    for (size_t chunk = first * kChunksPerGroup; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
+      open_count_[chunk] = 0;
+    }
+    const auto is_worth_it = [&](size_t group) { return cache_.fired_elsewhere(bank, group) >= kLeastFired; };
+    while (first < last && !is_worth_it(first)) first++;
+    while (first < last && !is_worth_it(last - 1)) last--;
+    if (first == last) return;
+    const float* scores = predictor_->score(job, first, last - first, thread);
+    const size_t begin = first * kGroup;
+    const size_t count = std::min(last * kGroup, config_->neuron_count) - begin;
+    uint8_t likely[Predictor::kMostGroups * kGroup];
+    predictor_->find_likely(job, scores, count, likely);
+    for (size_t j = 0; j < count; j++) {
+      const size_t neuron = begin + j;
+      if (likely[j] == 0 || cache_.rows(bank, neuron) != nullptr) continue;
+      float best = scores[j];
+      for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + j]);
       if (!(best >= predictor_->threshold(job.layer_index, neuron, false))) continue;
-      if (cache_.rows(bank, neuron) != nullptr) continue;
       const size_t chunk = neuron / kNeuronChunk;
       const size_t entry = chunk * kNeuronChunk + open_count_[chunk]++;
       open_[entry] = static_cast<uint32_t>(neuron);
       gates_[entry] = best;
     }
   });
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  asking_.add(took.count() * static_cast<double>(pool_->threads()));
   // All candidates to the front, the likeliest of them first, then in the order of flash.
   size_t count = 0;
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
@@ -89,6 +114,22 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   stream_counters_.prefetched += ahead_count_;
 }
 
+bool StreamedExperts::is_asking_worth_it() {
+  const bool is_known = asking_.count > 0 && waiting_asked_.count > 0 && waiting_.count > 0;
+  const bool is_worth = !is_known || asking_.mean + waiting_asked_.mean < waiting_.mean;
+  return ahead_jobs_++ % kTrialEvery == kTrialEvery - 1 ? !is_worth : is_worth;
+}
+
+/** A job that could have been asked for before is done: `waited` seconds, summed over threads. */
+void StreamedExperts::judge_asking(double waited) {
+  (std::exchange(is_asked_, false) ? waiting_asked_ : waiting_).add(waited);
+}
+
+void StreamedExperts::Mean::add(double value) {
+  count++;
+  mean += (value - mean) * std::max(kLatest, 1.0 / static_cast<double>(count));
+}
+
 /** Attention is over: what has arrived by now is what flash had to spare. */
 void StreamedExperts::tune_ahead() {
   if (ahead_.count == 0) return;
@@ -106,7 +147,10 @@ void StreamedExperts::tune_ahead() {
 /** Waits for what was begun, so that its memory can be used again, and forgets it. A read that failed fails nobody here. */
 void StreamedExperts::end_ahead() {
   if (ahead_.count == 0) return;
+  const auto start = std::chrono::steady_clock::now();
   for (size_t i = 0; i < ahead_.count; i++) static_cast<void>(reader_->wait(ahead_.reads[i]));
+  const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start);
+  stream_counters_.row_stall_ns += static_cast<uint64_t>(waited.count()) * pool_->threads();
   trace_reads(ahead_);
   for (size_t i = 0; i < ahead_count_; i++) ahead_read_[ahead_neurons_[i]] = nullptr;
   stream_counters_.prefetch_used += ahead_used_;

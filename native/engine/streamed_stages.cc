@@ -13,6 +13,8 @@ namespace {
 
 constexpr size_t kStages = 3;
 constexpr TraceStage kStageNames[kStages] = {TraceStage::kResident, TraceStage::kGate, TraceStage::kRow};
+/** Entries computed together: a list of rows begins without prefetched ones. */
+constexpr size_t kListRoom = 4 * kNeuronChunk;
 /** Looks at another thread's progress before this one gives its core away. */
 constexpr int kSpins = 2000;
 
@@ -68,22 +70,36 @@ void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& 
     row_stage(job, bank, round, part, thread);
     return;
   }
-  for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
-    if (stage == 1) {
+  if (stage == 1) {
+    for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
       gate_stage(job, bank, chunk, thread);
-    } else if (job.tokens == 1) {
-      if (kinds_[chunk] != ChunkKind::kGates) multiply_gates(job, chunk, kResident, thread);
-      activate_entries(job, chunk, kResident, thread);
     }
+  } else if (job.tokens == 1) {
+    resident_stage(job, round, first, thread);
   }
   progress.fetch_add(1, std::memory_order_release);
+}
+
+/** One token: entries in memory, of as many chunks together as fit a list. */
+void StreamedExperts::resident_stage(const ExpertJob& job, const Round& round, size_t first, size_t thread) {
+  uint32_t entries[kListRoom];
+  size_t count = 0;
+  for (size_t chunk = first; chunk < round.end_chunk; chunk += kParts) {
+    count += list_entries(chunk, kResident, entries + count);
+    if (count + kNeuronChunk <= kListRoom && chunk + kParts < round.end_chunk) continue;
+    // All chunks with entries in memory are of one kind.
+    if (kinds_[chunk] == ChunkKind::kPredicted) multiply_gates(job, entries, count, thread);
+    activate_entries(job, entries, count, thread);
+    count = 0;
+  }
 }
 
 /** Gates of entries on flash; of all entries, for several tokens. Entries that do not fire are dropped. */
 void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
   if (kinds_[chunk] == ChunkKind::kGates || !land_gates(bank, chunk, thread)) return;
   if (job.tokens == 1) {
-    multiply_gates(job, chunk, kMissing, thread);
+    uint32_t entries[kNeuronChunk];
+    multiply_gates(job, entries, list_entries(chunk, kMissing, entries), thread);
   } else {
     multiply_batch_gates(job, chunk, thread);
   }
@@ -113,7 +129,10 @@ void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& 
     if (job.tokens > 1) {
       activate_batch(job, chunk, thread);
     } else {
-      activate_entries(job, chunk, kMissing, thread);
+      uint32_t entries[kNeuronChunk];
+      const size_t count = list_entries(chunk, kMissing, entries);
+      const size_t fired = activate_entries(job, entries, count, thread);
+      thread_counters_[thread].stream.used_bytes += fired * missing_bytes(chunk);
     }
   }
 }
@@ -161,18 +180,22 @@ bool StreamedExperts::land_gates(size_t bank, size_t chunk, size_t thread) {
   return true;
 }
 
-/** One token: raw products of the gates of a chunk's entries, wherever they are, into gates_. */
-void StreamedExperts::multiply_gates(const ExpertJob& job, size_t chunk, EntryState state, size_t thread) {
-  const uint8_t* rows[kNeuronChunk];
-  uint32_t entries[kNeuronChunk];
-  float products[kNeuronChunk];
+/** Writes the entries of a chunk that are in a state, and returns how many. */
+size_t StreamedExperts::list_entries(size_t chunk, EntryState state, uint32_t* entries) const {
   size_t count = 0;
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_of(entry) != state) continue;
-    rows[count] = part1_[entry];
-    entries[count++] = static_cast<uint32_t>(entry);
+    entries[count] = static_cast<uint32_t>(entry);
+    count += state_of(entry) == state;
   }
+  return count;
+}
+
+/** One token: raw products of the gates of up to kListRoom entries, wherever they are, into gates_. */
+void StreamedExperts::multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread) {
   if (count == 0) return;
+  const uint8_t* rows[kListRoom] = {};
+  float products[kListRoom];
+  for (size_t k = 0; k < count; k++) rows[k] = part1_[entries[k]];
   multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, products);
   thread_counters_[thread].rows += count;
   const Matrix& bias = job.layer.up_bias;
@@ -209,42 +232,42 @@ void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, s
   }
 }
 
-/** One token: what a chunk's entries of one state add of their columns, into gates_; 0 if they do not fire. */
-void StreamedExperts::activate_entries(const ExpertJob& job, size_t chunk, EntryState state, size_t thread) {
-  const uint8_t* rows[kNeuronChunk];
-  uint32_t entries[kNeuronChunk];
-  float ups[kNeuronChunk];
-  float values[kNeuronChunk];
-  size_t count = 0;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_of(entry) != state) continue;
+/** One token: what up to kListRoom entries add of their columns, into gates_; 0 if they do not fire. How many do. */
+size_t StreamedExperts::activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread) {
+  const uint8_t* rows[kListRoom];
+  uint32_t open[kListRoom];  // entries whose gate fires
+  float ups[kListRoom];
+  float values[kListRoom];
+  size_t open_count = 0;
+  for (size_t k = 0; k < count; k++) {
+    const uint32_t entry = entries[k];
     if (!gate_fires(*config_, gates_[entry])) {
       gates_[entry] = 0.0f;
       continue;
     }
-    rows[count] = up_[entry];
-    values[count] = gates_[entry];
-    entries[count++] = static_cast<uint32_t>(entry);
+    rows[open_count] = up_[entry];
+    values[open_count] = gates_[entry];
+    open[open_count++] = entry;
   }
-  if (count == 0) return;
+  if (open_count == 0) return 0;
   if (config_->gated) {
-    multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, ups);
-    thread_counters_[thread].rows += count;
+    multiply_list(*kernels_, config_->ffn_encoding, rows, open_count, job.x, ups);
+    thread_counters_[thread].rows += open_count;
   } else {
-    std::fill_n(ups, count, 1.0f);
+    std::fill_n(ups, open_count, 1.0f);
   }
-  activate(*config_, values, ups, count, values);
+  activate(*config_, values, ups, open_count, values);
   size_t fired = 0;
-  for (size_t k = 0; k < count; k++) {
-    gates_[entries[k]] = job.share(0) * values[k];
+  for (size_t k = 0; k < open_count; k++) {
+    const uint32_t entry = open[k];
+    gates_[entry] = job.share(0) * values[k];
     if (values[k] == 0.0f) continue;
     fired++;
-    order_.place(open_[entries[k]], gates_[entries[k]], entries[k]);
-    if (job.fired.wanted()) job.fired.mark(0, open_[entries[k]]);
+    order_.place(open_[entry], gates_[entry], entry);
+    if (job.fired.wanted()) job.fired.mark(0, open_[entry]);
   }
-  ThreadCounters& counters = thread_counters_[thread];
-  counters.fired += fired;
-  if (state == kMissing) counters.stream.used_bytes += fired * missing_bytes(chunk);
+  thread_counters_[thread].fired += fired;
+  return fired;
 }
 
 void StreamedExperts::unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down) {
