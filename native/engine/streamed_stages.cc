@@ -66,7 +66,7 @@ void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& 
   for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
     if (stage == 1) {
       gate_stage(job, bank, chunk, thread);
-    } else if (job.tokens == 1) {
+    } else if (job.is_single()) {
       if (kinds_[chunk] != ChunkKind::kGates) multiply_gates(job, chunk, kResident, thread);
       activate_entries(job, chunk, kResident, thread);
     }
@@ -77,7 +77,7 @@ void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& 
 /** Gates of entries on flash; of all entries, for several tokens. Entries that do not fire are dropped. */
 void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
   if (kinds_[chunk] == ChunkKind::kGates || !land_gates(bank, chunk, thread)) return;
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     multiply_gates(job, chunk, kMissing, thread);
   } else {
     multiply_batch_gates(job, chunk, thread);
@@ -86,7 +86,7 @@ void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
     if (state_[entry] != kMissing) continue;
     bool fires = false;
-    if (job.tokens == 1) {
+    if (job.is_single()) {
       fires = gate_fires(*config_, gates_[entry]);
     } else {
       const float* gates = batch_gates_ + open_[entry] * config_->batch_size;
@@ -105,7 +105,7 @@ void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& 
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
   for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
     if (!land_rows(bank, chunk, thread)) return;
-    if (job.tokens > 1) {
+    if (!job.is_single()) {
       activate_batch(job, chunk, thread);
     } else {
       activate_entries(job, chunk, kMissing, thread);
@@ -304,6 +304,7 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
   }
   ThreadCounters& counters = thread_counters_[thread];
   counters.rows += count * (config_->layout.matrices - 1);
+  const bool on_tiles = takes_tiles(config_->ffn_encoding, job.x);
   for (size_t k = 0; k < count; k++) {
     float values[kNeuronChunk];
     const size_t neuron = open_[entries[k]];
@@ -324,6 +325,12 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
     counters.fired += fired;
     if (fired == 0) continue;
     if (state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+    if (on_tiles) {
+      const size_t number = order_.number(neuron);
+      kernels_->tiles->put_factors(factors, 1, job.tokens, number, tile_factors_);
+      column_of_[number] = down_[entries[k]];
+      continue;
+    }
     uint8_t* down = retained_ + neuron * row_bytes_;
     if (down_[entries[k]] != down) std::memmove(down, down_[entries[k]], row_bytes_);
     order_.place(neuron, 1.0f, neuron);
@@ -338,7 +345,7 @@ void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread)
   float* sums = part_sums_ + part * batch * hidden;
   std::memset(sums, 0, job.tokens * hidden * sizeof(float));
   size_t count = 0;
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     Column* columns = columns_ + thread * part_room(config_->neuron_count);
     order_.for_part(part, [&](const SumOrder::Placed& placed) {
       const uint8_t* down = down_[placed.where];

@@ -78,7 +78,7 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
   for (size_t at = 0, count = kPrompt; at < kTokens; at += count, count = 1) {
     const auto step = [&] {
       return engine->step(
-          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, exact,
+          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, exact, false,
           FiringRecord{.fired = result.fired.data() + at * fired, .routed = result.routed.data() + at * routed});
     };
     Status status = step();
@@ -171,7 +171,7 @@ void try_mapped(const RandomModel& model, size_t threads) {
   std::vector<float> logits(config.vocab_size);
   for (size_t i = 0; i < 2; i++) {
     const int32_t token = 1;
-    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, FiringRecord{});
+    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, false, FiringRecord{});
     require(status.code() == StatusCode::kIo, "a shortened file that no step met");
   }
 }
