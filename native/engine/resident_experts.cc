@@ -129,6 +129,10 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   for (size_t chunk = 0; chunk < chunks(); chunk++) counters_.neurons_fired += fired_[chunk];
   counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
   if (on_tiles) {
+    constexpr float kNothing = 0.0f;
+    for (size_t i = neurons; i % kFactorChunk != 0; i++) {
+      kernels_->tiles->put_factors(&kNothing, 0, tokens, i, tile_factors_);
+    }
     const TileColumns columns{column_of_, weight_bytes(expert.down.encoding, config_->hidden_size), neurons};
     pool_->run(group_count(config_->hidden_size), [&](size_t group, size_t) {
       sum_columns(*kernels_, expert.down.encoding, columns, tile_factors_, group, tokens, job.out + group * kGroup,

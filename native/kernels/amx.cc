@@ -203,6 +203,16 @@ inline void decode_group(const uint8_t* group, const uint8_t* scales, uint16_t* 
   decode_step<Format, 7>(group, factors, row);
 }
 
+/** Asks for the weights of the rows [first, first + 32), which lie apart: no prefetcher of the hardware finds them. */
+template <class Format>
+inline void prefetch_rows(Rows rows, size_t first, size_t group, size_t groups) {
+  for (size_t r = first; r < first + 2 * kSide; r++) {
+    const char* weights = reinterpret_cast<const char*>(rows.weights + r * rows.stride + group * Format::kBytes);
+    for (size_t byte = 0; byte < groups * Format::kBytes; byte += 64) _mm_prefetch(weights + byte, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(rows.scales + r * rows.stride + group * kGroupScaleBytes), _MM_HINT_T1);
+  }
+}
+
 /** Rows [first, first + 32) of `row_count`, groups from `group` on; rows that are not there repeat the last. */
 template <class Format>
 inline void decode_rows(Rows rows, size_t first, size_t row_count, size_t group, size_t groups, Panel& panel) {
@@ -238,6 +248,10 @@ void multiply_block(Rows rows, size_t row_count, size_t groups, const uint16_t* 
     const size_t here = groups - g < kPanelGroups ? groups - g : kPanelGroups;
     for (size_t r = 0; r < row_count; r += 2 * kSide) {
       decode_rows<Format>(rows, r, row_count, g, here, panel);
+      // The next panel; behind the last one that of the rows that follow, which the same thread often gets.
+      const bool is_last = r + 2 * kSide >= row_count;
+      const size_t next = g + here < groups ? g + here : 0;
+      prefetch_rows<Format>(rows, !is_last ? r + 2 * kSide : next > 0 ? 0 : row_count, is_last ? next : g, kPanelGroups);
       for (size_t t = 0; t < tokens; t += kTokenLot) {
         const uint16_t* right = packed + t * groups * kGroup + g * kGroupSteps * kOperand;
         Sums& of_lot = sums[r / (2 * kSide)][t / kTokenLot];
@@ -310,8 +324,21 @@ inline void decode_two(const TileColumns& columns, size_t first, size_t group, u
   _mm512_store_si512(high_line, _mm512_permutexvar_epi16(interleave, to_bf16(high[0], high[1])));
 }
 
+/** Asks for the group of 64 columns from `first` on. */
+template <class Format>
+inline void prefetch_columns(const TileColumns& columns, size_t first, size_t group) {
+  for (size_t i = first; i < first + 64 && i < columns.count; i++) {
+    const char* column = reinterpret_cast<const char*>(columns.columns[i]);
+    if (column == nullptr) continue;
+    for (size_t byte = 0; byte < Format::kBytes; byte += 64)
+      _mm_prefetch(column + group * Format::kBytes + byte, _MM_HINT_T1);
+    _mm_prefetch(column + columns.scales_offset + group * kGroupScaleBytes, _MM_HINT_T1);
+  }
+}
+
 /** Steps of 32 neurons that have a column of their own. */
 struct Steps {
+  size_t first;
   size_t numbers[kPanelSteps];
   size_t count = 0;
 };
@@ -328,6 +355,9 @@ inline void add_pair(const TileColumns& columns, const Steps& steps, const uint1
                                 panel.values[1][s] + line * kTerms);
     }
   }
+  // An eighth of the columns of the next steps.
+  static_assert(kPanelSteps * kTerms == 8 * 64);
+  prefetch_columns<Format>(columns, (steps.first + kPanelSteps) * kTerms + 64 * kPair, group);
   for (size_t t = 0; t < tokens; t += kTokenLot) {
     begin_sums(fresh, sums[t / kTokenLot]);
     for (size_t s = 0; s < steps.count; s++) {
@@ -349,6 +379,7 @@ void sum_block(const TileColumns& columns, const uint16_t* factors, size_t chunk
   bool fresh = true;
   for (size_t first = 0; first < step_count; first += kPanelSteps) {
     Steps steps;
+    steps.first = first;
     for (size_t step = first; step < first + kPanelSteps && step < step_count; step++) {
       const size_t end = (step + 1) * kTerms < columns.count ? (step + 1) * kTerms : columns.count;
       bool used = false;

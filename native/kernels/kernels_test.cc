@@ -623,7 +623,8 @@ void test_adds(const Kernels& kernels) {
 
 /** Both factors of each product are rounded to bf16, to half of 2^-7; sums are float. Numbers below its least count as 0. */
 void check_near(float actual, double expected, double terms, size_t n, const char* what, size_t index) {
-  const double tolerance = (1.01 * 0x1p-7 + 1e-6 * std::sqrt(static_cast<double>(n))) * terms + static_cast<double>(n) * 1e-34;
+  const double tolerance =
+      (1.01 * 0x1p-7 + 1e-6 * std::sqrt(static_cast<double>(n))) * terms + static_cast<double>(n) * 1e-34;
   check(std::fabs(static_cast<double>(actual) - expected) <= tolerance, "%s %zu: %.9g instead of %.9g, tolerance %.3g", what,
         index, static_cast<double>(actual), expected, tolerance);
 }
@@ -697,6 +698,7 @@ void test_tile_columns(const Kernels& kernels, Encoding encoding, size_t count, 
     sum(all, packed.data(), g, tokens, y.data(), y_stride);
     const size_t single = random_below(tokens);
     Bf16 of_single(factors_length(count, 1));
+    std::memset(of_single.data(), 0, factors_length(count, 1) * sizeof(uint16_t));
     for (size_t c = 0; c < count; c++) tiles.put_factors(&factors[c * tokens + single], 1, 1, c, of_single.data());
     sum(all, of_single.data(), g, 1, alone.data(), 0);
     check_same(alone.data(), y.data() + single * y_stride, kGroup * sizeof(float), "a token alone", single);

@@ -44,7 +44,10 @@ struct TileKernels {
   void (*multiply_q8)(Rows rows, size_t row_count, size_t groups, const uint16_t* packed, size_t tokens, float* y,
                       size_t y_stride);
 
-  /** Factors of one neuron: token t gets values[t * stride]. Returns whether one of them is not zero. */
+  /**
+   * Factors of one neuron: token t gets values[t * stride]. Returns whether one of them is not zero. Every neuron up to a
+   * multiple of 32 has to be put, or zero: that there is no column does not make zero of what is no number.
+   */
   bool (*put_factors)(const float* values, size_t stride, size_t tokens, size_t neuron, uint16_t* factors);
 
   /**
