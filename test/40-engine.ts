@@ -226,7 +226,7 @@ for (const [name, options] of Object.entries(MODELS) as [ModelName, CheckpointOp
         t.ok(sameBits(cut, prompt), `${what}: a prompt in odd pieces, 3 threads`);
         if (kernelSet !== 'amx') t.ok(sameBits(prompt, expected), `${what}: a prompt is nothing special`);
         const prompts = minus(prompt, expected).map((row) => deviation([row]) / deviation(expected));
-        near(t, options, prompts, 0.05, `${what}: a prompt`); // found:
+        near(t, options, prompts, 0.05, `${what}: a prompt`);
       }
     }
   });
@@ -247,13 +247,13 @@ t.test('a windowed cache goes round for as long as the context lasts', async (t)
   const expected = (await oracleOf(checkpoint)).logits(tokens);
   const engine = await open(t, directory);
   const logits = await logitsOf(engine, tokens, 100, 128, 1, 1, 77, 128);
-  near(t, options, minus(logits, expected).map(greatest), 0.018, '512 tokens through a ring of 137');
+  near(t, options, minus(logits, expected).map(greatest), 0.018, '512 tokens through a ring of a window and a batch');
   t.ok(sameBits(await logitsOf(await open(t, directory), tokens, 1), logits), 'one by one: the same bits');
   const unlimited = await open(
     t,
     await convertTo(makeCheckpoint(join(scratch, 'no-window'), { ...options, config: {} }), 'f16'),
   );
-  t.ok(unlimited.counters().kvBytes > 3 * engine.counters().kvBytes, 'and it is smaller than the context');
+  t.ok(unlimited.counters().kvBytes > 1.8 * engine.counters().kvBytes, 'and it is smaller than the context');
   const one = new Float32Array(131);
   await refused(
     t,
