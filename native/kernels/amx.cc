@@ -213,18 +213,32 @@ inline void prefetch_rows(Rows rows, size_t first, size_t group, size_t groups) 
   }
 }
 
-/** Rows [first, first + 32) of `row_count`, groups from `group` on; rows that are not there repeat the last. */
+/**
+ * Decodes a panel, piece by piece while another is multiplied: the units for tiles and for vectors then work at the same
+ * time. Rows [first, first + 32) of `row_count`, `groups` groups from `group` on; rows that are not there repeat the last.
+ */
 template <class Format>
-inline void decode_rows(Rows rows, size_t first, size_t row_count, size_t group, size_t groups, Panel& panel) {
-  for (size_t r = 0; r < 2 * kSide; r++) {
-    const size_t offset = (first + r < row_count ? first + r : row_count - 1) * rows.stride;
-    for (size_t g = 0; g < groups; g++) {
+struct PanelDecoder {
+  Rows rows;
+  size_t first;
+  size_t row_count;
+  size_t group;
+  size_t groups;
+  Panel* panel;
+  size_t done = 0;  // groups of rows
+
+  size_t total() const { return 2 * kSide * groups; }
+  inline void decode_until(size_t end) {
+    for (; done < end; done++) {
+      const size_t r = done / groups;
+      const size_t g = done % groups;
+      const size_t offset = (first + r < row_count ? first + r : row_count - 1) * rows.stride;
       decode_group<Format>(rows.weights + offset + (group + g) * Format::kBytes,
                            rows.scales + offset + (group + g) * kGroupScaleBytes,
-                           panel.values[r / kSide][g * kGroupSteps] + r % kSide * kTerms);
+                           panel->values[r / kSide][g * kGroupSteps] + r % kSide * kTerms);
     }
   }
-}
+};
 
 /** A result of (row, token) as y[token * y_stride + row], as far as there are rows and tokens. */
 inline void put_result(const float* result, size_t rows, size_t tokens, float* y, size_t y_stride) {
@@ -240,27 +254,40 @@ template <class Format>
 void multiply_block(Rows rows, size_t row_count, size_t groups, const uint16_t* packed, size_t tokens, float* y,
                     size_t y_stride) {
   constexpr size_t kLots = kMostTokens / kTokenLot;
-  alignas(64) Panel panel;
+  alignas(64) Panel panels[2];
   alignas(64) Sums sums[kMostRows / (2 * kSide)][kLots];
   constexpr size_t kPanelGroups = kPanelSteps / kGroupSteps;
   const size_t half = groups * kGroup * kSide;
-  for (size_t g = 0; g < groups; g += kPanelGroups) {
+  const auto decoder_of = [&](size_t g, size_t r, Panel* panel) {
     const size_t here = groups - g < kPanelGroups ? groups - g : kPanelGroups;
-    for (size_t r = 0; r < row_count; r += 2 * kSide) {
-      decode_rows<Format>(rows, r, row_count, g, here, panel);
-      // The next panel; behind the last one that of the rows that follow, which the same thread often gets.
-      const bool is_last = r + 2 * kSide >= row_count;
-      const size_t next = g + here < groups ? g + here : 0;
-      prefetch_rows<Format>(rows, !is_last ? r + 2 * kSide : next > 0 ? 0 : row_count, is_last ? next : g, kPanelGroups);
-      for (size_t t = 0; t < tokens; t += kTokenLot) {
-        const uint16_t* right = packed + t * groups * kGroup + g * kGroupSteps * kOperand;
-        Sums& of_lot = sums[r / (2 * kSide)][t / kTokenLot];
-        begin_sums(g == 0, of_lot);
-        for (size_t s = 0; s < here * kGroupSteps; s++, right += kOperand) {
-          add_products(panel.values[0][s], panel.values[1][s], right, right + half);
-        }
-        end_sums(of_lot);
+    return PanelDecoder<Format>{rows, r, row_count, g, here, panel};
+  };
+  PanelDecoder<Format> next = decoder_of(0, 0, &panels[0]);
+  next.decode_until(next.total());
+  while (next.groups > 0) {
+    const PanelDecoder<Format> now = next;
+    const bool is_last = now.first + 2 * kSide >= row_count;
+    const size_t next_group = is_last ? now.group + now.groups : now.group;
+    next = decoder_of(next_group, is_last ? 0 : now.first + 2 * kSide, now.panel == panels ? panels + 1 : panels);
+    // The panel behind the next; at the end that of the rows that follow, which the same thread often gets.
+    const bool is_next_last = next.first + 2 * kSide >= row_count;
+    const size_t after = next_group + kPanelGroups < groups ? next_group + kPanelGroups : 0;
+    if (next.groups > 0) {
+      const size_t row = !is_next_last ? next.first + 2 * kSide : after > 0 ? 0 : row_count;
+      prefetch_rows<Format>(rows, row, is_next_last ? after : next_group, kPanelGroups);
+    }
+    const size_t steps = now.groups * kGroupSteps;
+    const size_t slots = (tokens + kTokenLot - 1) / kTokenLot * steps;
+    size_t slot = 0;
+    for (size_t t = 0; t < tokens; t += kTokenLot) {
+      const uint16_t* right = packed + t * groups * kGroup + now.group * kGroupSteps * kOperand;
+      Sums& of_lot = sums[now.first / (2 * kSide)][t / kTokenLot];
+      begin_sums(now.group == 0, of_lot);
+      for (size_t s = 0; s < steps; s++, right += kOperand) {
+        add_products(now.panel->values[0][s], now.panel->values[1][s], right, right + half);
+        next.decode_until(next.total() * ++slot / slots);
       }
+      end_sums(of_lot);
     }
   }
   for (size_t r = 0; r < row_count; r += kSide) {
