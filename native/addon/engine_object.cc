@@ -116,8 +116,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     record.residual_inputs = input == "residual";
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, exact, prompt, record, fired_room, routed_room,
-         input_room, activation_room] {
+        [shared = shared_, token_data, logit_data, count, room, position, all, exact, prompt, record, fired_room,
+         routed_room, input_room, activation_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
           if (room < (all ? count : 1) * shared->engine->vocab_size()) {
