@@ -269,8 +269,11 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
   // Whatever happens below, positions from here on no longer hold what they held.
   filled_ = position;
   is_prompt_ = prompt && !config_.mapped;
+  const bool integers = config_.ffn_encoding == Encoding::kQ4 || config_.ffn_encoding == Encoding::kQ8;
+  const bool on_tiles = is_prompt_ && kernels_->tiles != nullptr && integers;
+  const size_t most = on_tiles ? config_.batch_size : config_.vector_batch();
   for (size_t done = 0; done < count;) {
-    const size_t batch = std::min(config_.batch_size, count - done);
+    const size_t batch = std::min(most, count - done);
     embed(tokens + done, batch, position + done);
     attention_.begin(position + done, batch);
     for (size_t i = 0; i < config_.layer_count; i++) {

@@ -83,7 +83,7 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   const bool has_tiles = find_tiles(config.kernel_set) != nullptr;
   tile_factors_ = carver.take<uint16_t>(has_tiles ? factors_length(config.neuron_count, config.batch_size) : 0);
   column_of_ = carver.take<const uint8_t*>(has_tiles ? config.neuron_count : 0);
-  factors_ = carver.take<float>(entries * config.batch_size);
+  factors_ = carver.take<float>(entries * config.vector_batch());
   batch_gates_ = carver.take<float>(entries * config.batch_size);
   ups_ = carver.take<float>(chunk_floats);
   landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
@@ -93,7 +93,7 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   summed_ = carver.take<uint32_t>(config.threads * part_room(config.neuron_count));
   ahead_neurons_ = carver.take<uint32_t>(most_ahead(config));
   ahead_read_ = carver.take<ReadRequest*>(most_ahead(config) > 0 ? config.neuron_count : 0);
-  part_sums_ = carver.take<float>(kParts * config.batch_size * padded_hidden(config));
+  part_sums_ = carver.take<float>(kParts * config.vector_batch() * padded_hidden(config));
   return carver.used();
 }
 
@@ -262,7 +262,7 @@ void StreamedExperts::begin_tiles(size_t tokens) {
 
 void StreamedExperts::add_parts(const ExpertJob& job) {
   const size_t hidden = padded_hidden(*config_);
-  const size_t batch = config_->batch_size;
+  const size_t batch = config_->vector_batch();
   if (takes_tiles(config_->ffn_encoding, job.x)) {
     const TileColumns columns{column_of_, weight_bytes_, config_->neuron_count};
     pool_->run(group_count(config_->hidden_size), [&](size_t group, size_t) {

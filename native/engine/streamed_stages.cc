@@ -308,8 +308,8 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
   for (size_t k = 0; k < count; k++) {
     float values[kNeuronChunk];
     const size_t neuron = open_[entries[k]];
-    const float* gates = batch_gates_ + neuron * batch;
-    float* factors = factors_ + neuron * batch;
+    float* gates = batch_gates_ + neuron * batch;
+    float* factors = on_tiles ? gates : factors_ + neuron * config_->vector_batch();
     size_t fired = 0;
     for (size_t begin = 0; begin < job.tokens; begin += kNeuronChunk) {
       const size_t tokens = std::min(kNeuronChunk, job.tokens - begin);
@@ -340,7 +340,7 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
 /** Down columns of the neurons of a part that fire, in checkpoint order, into the part's sums. */
 void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread) {
   const size_t hidden = padded_hidden(*config_);
-  const size_t batch = config_->batch_size;
+  const size_t batch = config_->vector_batch();
   const size_t groups = group_count(config_->hidden_size);
   float* sums = part_sums_ + part * batch * hidden;
   std::memset(sums, 0, job.tokens * hidden * sizeof(float));
