@@ -29,7 +29,7 @@
       "defines": ["NAPI_VERSION=9", "NODE_ADDON_API_DISABLE_CPP_EXCEPTIONS"],
       "dependencies": ["core", "quantize", "kernels_scalar"],
       "conditions": [
-        ["target_arch=='x64'", {"dependencies": ["kernels_avx2", "kernels_avx512"]}],
+        ["target_arch=='x64'", {"dependencies": ["kernels_avx2", "kernels_avx512", "kernels_amx"]}],
         ["target_arch=='arm64'", {"dependencies": ["kernels_neon"]}],
       ],
     },
@@ -49,6 +49,13 @@
           "sources": ["native/kernels/avx512.cc"],
           "cflags": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
           # GCC 12 takes the undefined pass-through operand of its own intrinsics for a bug of ours.
+          "cflags_cc": ["-Wno-maybe-uninitialized", "-Wno-uninitialized"],
+        },
+        {
+          "target_name": "kernels_amx",
+          "type": "static_library",
+          "sources": ["native/kernels/amx.cc"],
+          "cflags": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
           "cflags_cc": ["-Wno-maybe-uninitialized", "-Wno-uninitialized"],
         },
       ],

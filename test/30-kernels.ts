@@ -12,6 +12,10 @@ const kernels = path.join(root, 'native', 'kernels');
 
 const commonFlags = ['-std=c++20', '-O3', '-fno-exceptions', '-fno-rtti', `-I${root}`];
 const avx2Flags = ['-mavx2', '-mfma', '-mf16c'];
+const amxFlags = [
+  ...avx2Flags,
+  ...['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
+];
 const avx512Flags = [...avx2Flags, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni'];
 
 /** The kernel sets of an architecture, with the flags binding.gyp gives them: each its own object, so that none reach others. */
@@ -19,14 +23,14 @@ function setsOf(architecture: string): Record<string, string[]> {
   if (architecture === 'arm64') return { scalar: [], neon: ['-march=armv8.2-a+dotprod+fp16'] };
   if (architecture !== 'x64') return { scalar: [] };
   const sets: Record<string, string[]> = { scalar: [], avx2: avx2Flags };
-  if (existsSync(path.join(kernels, 'avx512.cc'))) sets.avx512 = avx512Flags;
+  if (existsSync(path.join(kernels, 'avx512.cc'))) Object.assign(sets, { avx512: avx512Flags, amx: amxFlags });
   return sets;
 }
 
 /** Builds the test program in `directory` and returns its path. */
 async function build(compiler: string, architecture: string, directory: string, linkFlags: string[]): Promise<string> {
   const sets = setsOf(architecture);
-  const units = { ...sets, kernels_test: 'avx512' in sets ? ['-DPI2_HAVE_AVX512'] : [] };
+  const units = { ...sets, dispatch: [], kernels_test: 'avx512' in sets ? ['-DPI2_HAVE_AVX512'] : [] };
   const objects: string[] = [];
   for (const [name, flags] of Object.entries(units)) {
     const object = path.join(directory, `${name}.o`);

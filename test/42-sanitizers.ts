@@ -22,9 +22,14 @@ const SANITIZERS = {
   'AddressSanitizer and UndefinedBehaviorSanitizer': '-fsanitize=address,undefined',
 };
 const AVX2 = ['-mavx2', '-mfma', '-mf16c'];
+const AVX512 = [...AVX2, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq'];
 /** Flags of the kernels, as binding.gyp has them. */
 const KERNELS: Record<string, Record<string, string[]>> = {
-  x64: { avx2: AVX2, avx512: [...AVX2, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni'] },
+  x64: {
+    avx2: AVX2,
+    avx512: [...AVX512, '-mavx512vnni'],
+    amx: [...AVX512, '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
+  },
   arm64: { neon: ['-march=armv8.2-a+dotprod+fp16'] },
 };
 const kernels = KERNELS[process.arch] ?? {};

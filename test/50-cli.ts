@@ -66,7 +66,7 @@ t.test('wrong command lines: one line, the nearest name, status 2', async (t) =>
     [['run', '-m', 'x', '-t', '-1'], /Expected a whole number from 0/],
     [
       ['run', '-m', 'x', '--cpu', 'avx3', '-p', 'x'],
-      /Expected one of scalar, neon, avx2, avx512.\nhint: did you mean avx2\?/,
+      /Expected one of scalar, neon, avx2, avx512, amx.\nhint: did you mean avx2\?/,
     ],
     [['run', '-m', 'x'], /no prompt is given\nhint: give one of -p/],
     [['run', '-m', 'x', '-p', 'a', '--tokens', '1'], /given more than once/],

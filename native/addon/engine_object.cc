@@ -63,6 +63,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     const size_t position = fields.size("position");
     const bool all = fields.boolean("all");
     const bool exact = fields.has("exact") && fields.boolean("exact");
+    const bool prompt = fields.has("prompt") && fields.boolean("prompt");
     const auto typed = [](const Napi::Value& value, napi_typedarray_type type) {
       return value.IsTypedArray() && value.As<Napi::TypedArray>().TypedArrayType() == type;
     };
@@ -116,8 +117,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     record.residual_inputs = input == "residual";
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, exact, record, fired_room, routed_room,
-         input_room, activation_room] {
+        [shared = shared_, token_data, logit_data, count, room, position, all, exact, prompt, record, fired_room,
+         routed_room, input_room, activation_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
           if (room < (all ? count : 1) * shared->engine->vocab_size()) {
@@ -131,7 +132,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           } else if (record.activations != nullptr && activation_room < count * shared->engine->activations_per_token()) {
             status = Status::argument("activations is too small");
           } else {
-            status = shared->engine->step(token_data, count, position, logit_data, all, exact, record);
+            status = shared->engine->step(token_data, count, position, logit_data, all, exact, prompt, record);
           }
           shared->busy.store(false);
           shared->busy.notify_all();

@@ -169,11 +169,7 @@ void Attention::compute(const LayerWeights& w, const KvCache& cache, size_t laye
     const size_t seen = window == 0 ? position + t + 1 : std::min(window, position + t + 1);
     kv_bytes_read_ += 2 * 2 * seen * config_->kv_head_count * padded_dim_;
   }
-  if (tokens == 1) {
-    mixed_.quantize(*kernels_, 0);
-  } else {
-    pool_->run(tokens, [&](size_t t, size_t) { mixed_.quantize(*kernels_, t); });
-  }
+  mixed_.prepare(*kernels_, *pool_, tokens, x.is_packed());
   pool_->run(chunk_count(w.o.rows), [&](size_t chunk, size_t) {
     const size_t first = chunk * kRowChunk;
     const size_t count = std::min(kRowChunk, w.o.rows - first);

@@ -110,7 +110,7 @@ struct EngineConfig {
   size_t context_length;
   size_t threads;
   std::string kernel_set;
-  size_t batch_size;
+  size_t batch_size;  // most tokens computed together
   StreamConfig stream;
   PredictorConfig predictor;
   /** Files are mapped and every neuron is computed: a baseline, without stream and predictor. */
@@ -120,6 +120,8 @@ struct EngineConfig {
 
   size_t query_size() const { return head_count * head_dim; }
   size_t kv_size() const { return kv_head_count * head_dim; }
+  /** The same without the matrix unit: vectors gain nothing from more, and keep more of each token. */
+  size_t vector_batch() const { return batch_size < 128 ? batch_size : 128; }
 };
 
 }  // namespace pi2

@@ -48,25 +48,26 @@ std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
   const size_t heads = config.query_size();
   const size_t stream_bytes = Activations::float_bytes(hidden, batch);
   const size_t routed = config.expert_count > 1 ? batch : 0;
+  const TileKernels* tiles = find_tiles(config.kernel_set);
   const bool from_residual = config.predictor.enabled() && config.predictor.input == PredictorInput::kResidual;
   const size_t guessed = from_residual ? batch : 0;
   const size_t guessed_routed = from_residual ? routed : 0;
   return {stream_bytes,
           stream_bytes,
           Activations::float_bytes(hidden, batch),
-          Activations::quantized_bytes(hidden, batch),
+          Activations::form_bytes(tiles, hidden, batch),
           Activations::float_bytes(heads, batch),
-          Activations::quantized_bytes(heads, batch),
+          Activations::form_bytes(tiles, heads, batch),
           Activations::float_bytes(hidden, routed),
-          Activations::quantized_bytes(hidden, routed),
+          Activations::form_bytes(tiles, hidden, routed),
           (Attention::scratch_bytes(config) + 63) / 64 * 64,
           (Ffn::scratch_bytes(config) + 63) / 64 * 64,
           config.stream.enabled() ? 0
           : config.mapped         ? MappedExperts::scratch_bytes(config)
                                   : ResidentExperts::scratch_bytes(config),
-          Activations::quantized_bytes(hidden, guessed),
+          Activations::form_bytes(tiles, hidden, guessed),
           Activations::float_bytes(hidden, guessed_routed),
-          Activations::quantized_bytes(hidden, guessed_routed),
+          Activations::form_bytes(tiles, hidden, guessed_routed),
           (Predictor::scratch_bytes(config) + 63) / 64 * 64,
           Trace::bytes_needed(config.threads, config.trace_records)};
 }
@@ -124,8 +125,7 @@ Status Engine::allocate() {
     next += sizes[i];
   }
   const auto activations = [&](size_t floats, size_t length) {
-    return Activations(reinterpret_cast<float*>(pieces[floats]), reinterpret_cast<QuantizedGroup*>(pieces[floats + 1]),
-                       length);
+    return Activations(reinterpret_cast<float*>(pieces[floats]), pieces[floats + 1], length);
   };
   const size_t hidden = config_.hidden_size;
   const size_t heads = config_.query_size();
@@ -134,7 +134,7 @@ Status Engine::allocate() {
   hidden_ = reinterpret_cast<float*>(pieces[0]);
   update_ = reinterpret_cast<float*>(pieces[1]);
   normed_ = activations(2, hidden);
-  residual_ = Activations(hidden_, reinterpret_cast<QuantizedGroup*>(pieces[11]), hidden);
+  residual_ = Activations(hidden_, pieces[11], hidden);
   attention_.bind(config_, *kernels_, *pool_, pieces[8], activations(4, heads));
   if (config_.predictor.enabled()) predictor_.bind(config_, *kernels_, *pool_, pieces[14]);
   Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
@@ -150,7 +150,7 @@ Status Engine::allocate() {
   } else {
     experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, order_, pieces[10]);
   }
-  ffn_.bind(config_, *kernels_, *experts_, pieces[9], activations(6, hidden), activations(12, hidden));
+  ffn_.bind(config_, *kernels_, *pool_, *experts_, pieces[9], activations(6, hidden), activations(12, hidden));
   return status;
 }
 
@@ -174,13 +174,13 @@ void Engine::normalize_batch(const Matrix& weight, const Matrix& bias, size_t co
   const auto one = [&](size_t t, size_t) {
     normalize(config_.norm_kind, config_.norm_epsilon, hidden_ + t * normed_.stride(), weight.floats(),
               bias.exists() ? bias.floats() : nullptr, config_.hidden_size, normed_.token(t));
-    normed_.quantize(*kernels_, t);
   };
   if (count == 1) {
     one(0, 0);
   } else {
     pool_->run(count, one);
   }
+  normed_.prepare(*kernels_, *pool_, count, is_prompt_);
 }
 
 void Engine::add_update(size_t count) {
@@ -194,7 +194,7 @@ void Engine::add_update(size_t count) {
 const Activations* Engine::predictor_input(size_t count, bool exact) {
   if (exact || !config_.predictor.enabled()) return nullptr;
   if (config_.predictor.input == PredictorInput::kFfnNorm) return &normed_;
-  for (size_t t = 0; t < count; t++) residual_.quantize(*kernels_, t);
+  residual_.prepare(*kernels_, *pool_, count, is_prompt_);
   return &residual_;
 }
 
@@ -255,7 +255,7 @@ void Engine::compute_logits(size_t first, size_t count, float* logits) {
   resident_bytes_read_ += head.bytes();
 }
 
-Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
+Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact, bool prompt,
                     FiringRecord record) {
   if (count == 0) return Status::argument("a step needs at least one token");
   if (position > config_.context_length || count > config_.context_length - position) {
@@ -278,8 +278,12 @@ Status Engine::step(const int32_t* tokens, size_t count, size_t position, float*
   const TraceSpan span(trace(), TraceStage::kStep, count);
   // Whatever happens below, positions from here on no longer hold what they held.
   filled_ = position;
+  is_prompt_ = prompt && !config_.mapped;
+  const bool integers = config_.ffn_encoding == Encoding::kQ4 || config_.ffn_encoding == Encoding::kQ8;
+  const bool on_tiles = is_prompt_ && kernels_->tiles != nullptr && integers;
+  const size_t most = on_tiles ? config_.batch_size : config_.vector_batch();
   for (size_t done = 0; done < count;) {
-    const size_t batch = std::min(config_.batch_size, count - done);
+    const size_t batch = std::min(most, count - done);
     embed(tokens + done, batch, position + done);
     attention_.begin(position + done, batch);
     for (size_t i = 0; i < config_.layer_count; i++) {

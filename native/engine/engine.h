@@ -71,9 +71,10 @@ class Engine {
   /**
    * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
    * `logits` gets vocab_size floats of each token if `all`, else of the last. With `exact` the predictor has no say.
-   * `record` gets which neurons fired and which experts were used.
+   * A `prompt` is computed by the matrix unit, if the kernel set has one: the same bits whatever steps the prompt is cut
+   * into. `record` gets which neurons fired and which experts were used.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact,
+  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact, bool prompt,
               FiringRecord record);
 
   /**
@@ -130,7 +131,8 @@ class Engine {
   Predictor predictor_;
   SumOrder order_;
   Ffn ffn_;
-  size_t filled_ = 0;  // positions in the KV cache
+  size_t filled_ = 0;       // positions in the KV cache
+  bool is_prompt_ = false;  // the present step
   uint64_t tokens_ = 0;
   uint64_t resident_bytes_read_ = 0;
 };

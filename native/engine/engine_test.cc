@@ -141,7 +141,7 @@ Result compute(EngineConfig config, const std::string& kernel_set, size_t thread
   for (size_t at = 0; at < tokens.size(); at += piece) {
     const size_t count = std::min(piece, tokens.size() - at);
     const Status status = engine->step(tokens.data() + at, count, at, result.logits.data() + at * config.vocab_size, true,
-                                       false, FiringRecord{.fired = result.fired_bits.data() + at * fired_bytes});
+                                       false, false, FiringRecord{.fired = result.fired_bits.data() + at * fired_bytes});
     require(status.is_ok(), status.message());
     ++*steps;
   }

@@ -44,6 +44,8 @@ struct ExpertJob {
   size_t out_stride;
   FiredBits fired;
 
+  /** Whether this is a single token for kernels of single tokens; the matrix unit's products are those of a batch. */
+  bool is_single() const { return tokens == 1 && !x.is_packed(); }
   float share(size_t t) const { return shares != nullptr ? shares[t] : 1.0f; }
 };
 

@@ -23,10 +23,11 @@ size_t Ffn::carve(const EngineConfig& config, uint8_t* scratch) {
 
 size_t Ffn::scratch_bytes(const EngineConfig& config) { return Ffn().carve(config, nullptr); }
 
-void Ffn::bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed,
-               Activations routed_residual) {
+void Ffn::bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Experts& experts, uint8_t* scratch,
+               Activations routed, Activations routed_residual) {
   config_ = &config;
   kernels_ = &kernels;
+  pool_ = &pool;
   experts_ = &experts;
   routed_ = routed;
   routed_residual_ = routed_residual;
@@ -63,10 +64,6 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
                        const Activations* predictor_x, size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits,
                        size_t fired_stride) {
   const size_t stride = x.stride();
-  const auto gather = [&](const Activations& from, size_t t, const Activations& to, size_t place) {
-    std::memcpy(to.token(place), from.token(t), stride * sizeof(float));
-    std::memcpy(to.quantized(place), from.quantized(t), x.groups() * sizeof(QuantizedGroup));
-  };
   const bool from_residual = predictor_x != nullptr && predictor_x != &x;
   size_t count = 0;
   for (size_t t = 0; t < tokens; t++) {
@@ -81,11 +78,13 @@ Status Ffn::run_routed(size_t layer_index, size_t expert, const LayerWeights& la
     if (activations_ != nullptr) {
       rows_[count] = activations_ + t * activation_stride_ + used_[t]++ * config_->neuron_count;
     }
-    gather(x, t, routed_, count);
-    if (from_residual) gather(*predictor_x, t, routed_residual_, count);
+    std::memcpy(routed_.token(count), x.token(t), stride * sizeof(float));
+    if (from_residual) std::memcpy(routed_residual_.token(count), predictor_x->token(t), stride * sizeof(float));
     count++;
   }
   if (count == 0) return Status::ok();
+  routed_.prepare(*kernels_, *pool_, count, x.is_packed());
+  if (from_residual) routed_residual_.prepare(*kernels_, *pool_, count, x.is_packed());
   std::memset(expert_out_, 0, count * stride * sizeof(float));
   if (predictor_x != nullptr) predictor_x = from_residual ? &routed_residual_ : &routed_;
   const FiredBits fired{fired_bits, fired_stride, tokens_, activations_ == nullptr ? nullptr : rows_};

@@ -8,8 +8,8 @@ class Ffn {
  public:
   static size_t scratch_bytes(const EngineConfig& config);
   /** `routed`, `routed_residual`: room for what one expert's tokens give it and its predictor. */
-  void bind(const EngineConfig& config, const Kernels& kernels, Experts& experts, uint8_t* scratch, Activations routed,
-            Activations routed_residual);
+  void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Experts& experts, uint8_t* scratch,
+            Activations routed, Activations routed_residual);
 
   /**
    * out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. If `fired_bits`
@@ -52,6 +52,7 @@ class Ffn {
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
+  ThreadPool* pool_ = nullptr;
   Experts* experts_ = nullptr;
   float* expert_out_ = nullptr;     // (batch, padded hidden)
   float* shares_ = nullptr;         // (expert, batch): routing weight, 0 if not chosen

@@ -18,6 +18,10 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
 void multiply(const Kernels& kernels, Encoding encoding, Rows rows, size_t count, const Activations& x, size_t tokens,
               float* y, size_t y_stride) {
   const size_t groups = x.groups();
+  if (takes_tiles(encoding, x)) {
+    const auto tiled = encoding == Encoding::kQ4 ? kernels.tiles->multiply_q4 : kernels.tiles->multiply_q8;
+    return tiled(rows, count, groups, x.packed(), tokens, y, y_stride);
+  }
   if (tokens == 1) {
     switch (encoding) {
       case Encoding::kQ4: return kernels.dot_q4(rows, count, groups, x.quantized(0), y);
@@ -58,6 +62,13 @@ void add_columns_of_groups(const Kernels& kernels, Encoding encoding, const Colu
     case Encoding::kF16: return kernels.add_columns_f16(columns, count, first, first + groups, start);
     case Encoding::kF32: std::abort();
   }
+}
+
+void sum_columns(const Kernels& kernels, Encoding encoding, const TileColumns& columns, const uint16_t* factors,
+                 size_t group, size_t tokens, float* y, size_t y_stride) {
+  const auto sum = encoding == Encoding::kQ4 ? kernels.tiles->sum_columns_q4 : kernels.tiles->sum_columns_q8;
+  sum(columns, factors, group, tokens, y, y_stride);
+  for (size_t t = 0; t < tokens; t++) kernels.to_natural_order(encoding, y + t * y_stride, 1);
 }
 
 void add_columns(const Kernels& kernels, Encoding encoding, ColumnList list, size_t group, size_t tokens, float* y,

@@ -6,6 +6,7 @@
 
 #include "native/base/carver.h"
 #include "native/engine/product.h"
+#include "native/kernels/dispatch.h"
 
 namespace pi2 {
 
@@ -19,6 +20,9 @@ constexpr size_t kListRoom = kNeuronChunk + 7;
 size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   Carver carver(scratch);
   const size_t batch = config.batch_size;
+  tile_factors_ =
+      carver.take<uint16_t>(find_tiles(config.kernel_set) == nullptr ? 0 : factors_length(config.neuron_count, batch));
+  column_of_ = carver.take<const uint8_t*>(find_tiles(config.kernel_set) == nullptr ? 0 : config.neuron_count);
   factors_ = carver.take<float>(config.neuron_count * batch);
   tiles_ = carver.take<float>(config.threads * 2 * batch * kNeuronChunk);
   columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
@@ -47,7 +51,7 @@ Status ResidentExperts::run(const ExpertJob& job) {
   counters_.neurons_seen += config_->neuron_count * job.tokens;
   order_.begin(job.layer_index * config_->expert_count + job.expert_index);
   if (job.predictor_x != nullptr) predictor_->begin(job);
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     run_one(job);
   } else {
     run_batch(job);
@@ -85,6 +89,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   const size_t neurons = config_->neuron_count;
   const size_t batch = config_->batch_size;
   const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
+  const bool on_tiles = takes_tiles(expert.down.encoding, x);
   for_chunks(job, [&](size_t chunk, size_t thread, const float* scores) {
     const size_t first = chunk * kNeuronChunk;
     const size_t count = std::min(kNeuronChunk, neurons - first);
@@ -119,15 +124,33 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     }
     fired_[chunk] = fired;
     chosen_[chunk] = chosen;
-    for (size_t j = 0; j < count; j++) {
+    for (size_t j = 0; on_tiles && j < count; j++) {
+      const size_t number = order_.number(first + j);
+      const bool used = kernels_->tiles->put_factors(gates + j, kNeuronChunk, tokens, number, tile_factors_);
+      column_of_[number] = used ? expert.down.rows_from(first + j).weights : nullptr;
+    }
+    for (size_t j = 0; !on_tiles && j < count; j++) {
       float* factors = factors_ + (first + j) * batch;
       for (size_t t = 0; t < tokens; t++) factors[t] = gates[t * kNeuronChunk + j];
     }
   });
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
+  for (size_t chunk = 0; chunk < chunks(); chunk++) counters_.neurons_fired += fired_[chunk];
+  counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
+  if (on_tiles) {
+    constexpr float kNothing = 0.0f;
+    for (size_t i = neurons; i % kFactorChunk != 0; i++) {
+      kernels_->tiles->put_factors(&kNothing, 0, tokens, i, tile_factors_);
+    }
+    const TileColumns columns{column_of_, weight_bytes(expert.down.encoding, config_->hidden_size), neurons};
+    pool_->run(group_count(config_->hidden_size), [&](size_t group, size_t) {
+      sum_columns(*kernels_, expert.down.encoding, columns, tile_factors_, group, tokens, job.out + group * kGroup,
+                  job.out_stride);
+    });
+    return;
+  }
   // Which neurons each part adds: those that fired for any token.
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
-    counters_.neurons_fired += fired_[chunk];
     if (fired_[chunk] == 0) continue;
     const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
@@ -142,8 +165,6 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     uint32_t* of_part = neurons_ + part * part_size();
     order_.for_part(part, [&](const SumOrder::Placed& placed) { of_part[part_counts[part]++] = placed.where; });
   }
-  counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
-
   const size_t groups = group_count(config_->hidden_size);
   const size_t tiles = (tokens + kTokenTile - 1) / kTokenTile;
   pool_->run(groups * tiles, [&](size_t task, size_t thread) {

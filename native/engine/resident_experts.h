@@ -36,9 +36,11 @@ class ResidentExperts : public Experts {
   ThreadPool* pool_ = nullptr;
   Predictor* predictor_ = nullptr;
   SumOrder order_;
-  float* factors_ = nullptr;     // (neuron, batch): contributions to several tokens
-  float* tiles_ = nullptr;       // (thread, 2, batch, chunk): products of a chunk's rows
-  Column* columns_ = nullptr;    // (part, neuron of the part): fired neurons of one token
+  uint16_t* tile_factors_ = nullptr;     // the same for the matrix unit, as tiles.h lays it out
+  const uint8_t** column_of_ = nullptr;  // (neuron in checkpoint order): its down column, or null: it does not fire
+  float* factors_ = nullptr;             // (neuron, batch): contributions to several tokens
+  float* tiles_ = nullptr;               // (thread, 2, batch, chunk): products of a chunk's rows
+  Column* columns_ = nullptr;            // (part, neuron of the part): fired neurons of one token
   uint32_t* neurons_ = nullptr;  // (part, neuron of the part): neurons that fired for any token; one token: the chosen
   uint32_t* fired_ = nullptr;    // (chunk): how many
   uint32_t* chosen_ = nullptr;   // (chunk): how many were looked at

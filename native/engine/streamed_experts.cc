@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "native/base/carver.h"
+#include "native/engine/product.h"
 #include "native/engine/stream_sizes.h"
+#include "native/kernels/dispatch.h"
 
 namespace pi2 {
 namespace {
@@ -78,7 +80,10 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   open_count_ = carver.take<uint32_t>(chunk_count);
   kinds_ = carver.take<ChunkKind>(chunk_count);
   later_ = carver.take<ReadList>(chunk_count);
-  factors_ = carver.take<float>(entries * config.batch_size);
+  const bool has_tiles = find_tiles(config.kernel_set) != nullptr;
+  tile_factors_ = carver.take<uint16_t>(has_tiles ? factors_length(config.neuron_count, config.batch_size) : 0);
+  column_of_ = carver.take<const uint8_t*>(has_tiles ? config.neuron_count : 0);
+  factors_ = carver.take<float>(entries * config.vector_batch());
   batch_gates_ = carver.take<float>(entries * config.batch_size);
   ups_ = carver.take<float>(chunk_floats);
   landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
@@ -88,7 +93,7 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   summed_ = carver.take<uint32_t>(config.threads * part_room(config.neuron_count));
   ahead_neurons_ = carver.take<uint32_t>(most_ahead(config));
   ahead_read_ = carver.take<ReadRequest*>(most_ahead(config) > 0 ? config.neuron_count : 0);
-  part_sums_ = carver.take<float>(kParts * config.batch_size * padded_hidden(config));
+  part_sums_ = carver.take<float>(kParts * config.vector_batch() * padded_hidden(config));
   return carver.used();
 }
 
@@ -217,6 +222,7 @@ Status StreamedExperts::run(const ExpertJob& job) {
   if (ahead_bank_ != bank) end_ahead();
   cache_.begin_tick(bank);
   order_.begin(bank);
+  if (takes_tiles(config_->ffn_encoding, job.x)) begin_tiles(job.tokens);
   find(job, bank);
   tune_ahead();
   FirstFailure failure;
@@ -250,10 +256,26 @@ Status StreamedExperts::run(const ExpertJob& job) {
   return failure.take();
 }
 
+/** No neuron fires yet. */
+void StreamedExperts::begin_tiles(size_t tokens) {
+  std::fill_n(column_of_, config_->neuron_count, nullptr);
+  const size_t chunk_length = factors_length(kFactorChunk, tokens);
+  pool_->run(factors_length(config_->neuron_count, tokens) / chunk_length,
+             [&](size_t chunk, size_t) { std::fill_n(tile_factors_ + chunk * chunk_length, chunk_length, uint16_t{0}); });
+}
+
 void StreamedExperts::add_parts(const ExpertJob& job) {
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
   const size_t hidden = padded_hidden(*config_);
-  const size_t batch = config_->batch_size;
+  const size_t batch = config_->vector_batch();
+  if (takes_tiles(config_->ffn_encoding, job.x)) {
+    const TileColumns columns{column_of_, weight_bytes_, config_->neuron_count};
+    pool_->run(group_count(config_->hidden_size), [&](size_t group, size_t) {
+      sum_columns(*kernels_, config_->ffn_encoding, columns, tile_factors_, group, job.tokens, job.out + group * kGroup,
+                  job.out_stride);
+    });
+    return;
+  }
   pool_->run(kParts, [&](size_t part, size_t thread) { add_part(job, part, thread); });
   const auto one = [&](size_t t, size_t) {
     float* out = job.out + t * job.out_stride;
@@ -263,7 +285,7 @@ void StreamedExperts::add_parts(const ExpertJob& job) {
     }
     kernels_->to_natural_order(config_->ffn_encoding, out, hidden / kGroup);
   };
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     one(0, 0);
   } else {
     pool_->run(job.tokens, one);

@@ -187,6 +187,7 @@ class StreamedExperts : public Experts {
   bool wait_for(ReadRequest& request, uint64_t* stall_ns);
   void wait_everything(const Round& round);
   bool is_sound(size_t bank, size_t entry, size_t part);
+  void begin_tiles(size_t tokens);
   void add_parts(const ExpertJob& job);
   void collect_counters(const ExpertJob& job);
 
@@ -233,21 +234,23 @@ class StreamedExperts : public Experts {
   ReadRequest** gate_read_ = nullptr;  // reads that it waits for
   ReadRequest** up_read_ = nullptr;
   ReadRequest** down_read_ = nullptr;
-  int32_t* slot_ = nullptr;         // slot it will be kept in
-  float* gates_ = nullptr;          // one token: product of its gate, then what it adds of its column
-  uint64_t* masks_ = nullptr;       // (mask words): bit t is set if token t wants it
-  uint32_t* open_count_ = nullptr;  // (chunk)
-  ChunkKind* kinds_ = nullptr;      // (chunk)
-  ReadList* later_ = nullptr;       // (chunk): reads of its second phase
-  float* factors_ = nullptr;        // (neuron, batch): what several tokens get of a column
-  float* batch_gates_ = nullptr;    // (neuron, batch): gates of several tokens
-  float* ups_ = nullptr;            // (thread, batch, chunk)
-  uint8_t* landing_ = nullptr;      // (thread, neuron of a chunk): up rows of neurons that get no slot
-  uint8_t* retained_ = nullptr;     // (neuron): down rows of those that get no slot; for several tokens, of all that fire
-  uint8_t* compact_ = nullptr;      // (thread, neuron of a chunk): rows one behind another
-  Column* columns_ = nullptr;       // (thread, neuron of a part)
-  uint32_t* summed_ = nullptr;      // (thread, neuron of a part): the same for several tokens
-  float* part_sums_ = nullptr;      // (part, batch, padded hidden)
+  int32_t* slot_ = nullptr;              // slot it will be kept in
+  float* gates_ = nullptr;               // one token: product of its gate, then what it adds of its column
+  uint64_t* masks_ = nullptr;            // (mask words): bit t is set if token t wants it
+  uint32_t* open_count_ = nullptr;       // (chunk)
+  ChunkKind* kinds_ = nullptr;           // (chunk)
+  ReadList* later_ = nullptr;            // (chunk): reads of its second phase
+  uint16_t* tile_factors_ = nullptr;     // the same for the matrix unit, as tiles.h lays it out
+  const uint8_t** column_of_ = nullptr;  // (neuron in checkpoint order): its down column, or null: it does not fire
+  float* factors_ = nullptr;             // (neuron, batch): what several tokens get of a column
+  float* batch_gates_ = nullptr;         // (neuron, batch): gates of several tokens
+  float* ups_ = nullptr;                 // (thread, batch, chunk)
+  uint8_t* landing_ = nullptr;           // (thread, neuron of a chunk): up rows of neurons that get no slot
+  uint8_t* retained_ = nullptr;  // (neuron): down rows of those that get no slot; for several tokens, of all that fire
+  uint8_t* compact_ = nullptr;   // (thread, neuron of a chunk): rows one behind another
+  Column* columns_ = nullptr;    // (thread, neuron of a part)
+  uint32_t* summed_ = nullptr;   // (thread, neuron of a part): the same for several tokens
+  float* part_sums_ = nullptr;   // (part, batch, padded hidden)
   std::unique_ptr<ThreadCounters[]> thread_counters_;
   std::unique_ptr<Progress[]> progress_;  // (part)
   FirstFailure* failure_ = nullptr;

@@ -74,7 +74,7 @@ void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& 
     for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
       gate_stage(job, bank, chunk, thread);
     }
-  } else if (job.tokens == 1) {
+  } else if (job.is_single()) {
     resident_stage(job, round, first, thread);
   }
   progress.fetch_add(1, std::memory_order_release);
@@ -97,7 +97,7 @@ void StreamedExperts::resident_stage(const ExpertJob& job, const Round& round, s
 /** Gates of entries on flash; of all entries, for several tokens. Entries that do not fire are dropped. */
 void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
   if (kinds_[chunk] == ChunkKind::kGates || !land_gates(bank, chunk, thread)) return;
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     uint32_t entries[kNeuronChunk];
     multiply_gates(job, entries, list_entries(chunk, kMissing, entries), thread);
   } else {
@@ -107,7 +107,7 @@ void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
     if (state_[entry] != kMissing) continue;
     bool fires = false;
-    if (job.tokens == 1) {
+    if (job.is_single()) {
       fires = gate_fires(*config_, gates_[entry]);
     } else {
       const float* gates = batch_gates_ + open_[entry] * config_->batch_size;
@@ -126,7 +126,7 @@ void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& 
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
   for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
     if (!land_rows(bank, chunk, thread)) return;
-    if (job.tokens > 1) {
+    if (!job.is_single()) {
       activate_batch(job, chunk, thread);
     } else {
       uint32_t entries[kNeuronChunk];
@@ -333,11 +333,12 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
   }
   ThreadCounters& counters = thread_counters_[thread];
   counters.rows += count * (config_->layout.matrices - 1);
+  const bool on_tiles = takes_tiles(config_->ffn_encoding, job.x);
   for (size_t k = 0; k < count; k++) {
     float values[kNeuronChunk];
     const size_t neuron = open_[entries[k]];
-    const float* gates = batch_gates_ + neuron * batch;
-    float* factors = factors_ + neuron * batch;
+    float* gates = batch_gates_ + neuron * batch;
+    float* factors = on_tiles ? gates : factors_ + neuron * config_->vector_batch();
     size_t fired = 0;
     for (size_t begin = 0; begin < job.tokens; begin += kNeuronChunk) {
       const size_t tokens = std::min(kNeuronChunk, job.tokens - begin);
@@ -353,6 +354,12 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
     counters.fired += fired;
     if (fired == 0) continue;
     if (state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+    if (on_tiles) {
+      const size_t number = order_.number(neuron);
+      kernels_->tiles->put_factors(factors, 1, job.tokens, number, tile_factors_);
+      column_of_[number] = down_[entries[k]];
+      continue;
+    }
     uint8_t* down = retained_ + neuron * row_bytes_;
     if (down_[entries[k]] != down) std::memmove(down, down_[entries[k]], row_bytes_);
     order_.place(neuron, 1.0f, neuron);
@@ -362,12 +369,12 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
 /** Down columns of the neurons of a part that fire, in checkpoint order, into the part's sums. */
 void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread) {
   const size_t hidden = padded_hidden(*config_);
-  const size_t batch = config_->batch_size;
+  const size_t batch = config_->vector_batch();
   const size_t groups = group_count(config_->hidden_size);
   float* sums = part_sums_ + part * batch * hidden;
   std::memset(sums, 0, job.tokens * hidden * sizeof(float));
   size_t count = 0;
-  if (job.tokens == 1) {
+  if (job.is_single()) {
     Column* columns = columns_ + thread * part_room(config_->neuron_count);
     order_.for_part(part, [&](const SumOrder::Placed& placed) {
       const uint8_t* down = down_[placed.where];

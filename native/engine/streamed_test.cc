@@ -62,8 +62,8 @@ std::vector<uint8_t> damaged(const RandomModel& model) {
   return bytes;
 }
 
-/** Computes a prompt in one step and then token by token. A step that fails is done again, once. */
-Result compute(const RandomModel& model, const EngineConfig& config, Fault fault, bool exact = false) {
+/** Computes a prompt in one step (as such, if `prompt`) and then token by token. A step that fails is done again, once. */
+Result compute(const RandomModel& model, const EngineConfig& config, Fault fault, bool exact = false, bool prompt = true) {
   std::unique_ptr<Engine> engine;
   const Status opened = Engine::open(config, &engine);
   require(opened.is_ok(), opened.message());
@@ -78,7 +78,7 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
   for (size_t at = 0, count = kPrompt; at < kTokens; at += count, count = 1) {
     const auto step = [&] {
       return engine->step(
-          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, exact,
+          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, exact, prompt && count > 1,
           FiringRecord{.fired = result.fired.data() + at * fired, .routed = result.routed.data() + at * routed});
     };
     Status status = step();
@@ -154,7 +154,7 @@ void try_mapped(const RandomModel& model, size_t threads) {
   for (const Kernels* kernels : available_kernels()) {
     EngineConfig config = model.config;
     config.kernel_set = kernels->name;
-    const Result expected = compute(model, config, Fault::kNone);
+    const Result expected = compute(model, config, Fault::kNone, false, false);
     config.mapped = true;
     config.threads = threads;
     require(compute(model, config, Fault::kNone) == expected, std::string("mapped: other bits with ") + kernels->name);
@@ -171,7 +171,7 @@ void try_mapped(const RandomModel& model, size_t threads) {
   std::vector<float> logits(config.vocab_size);
   for (size_t i = 0; i < 2; i++) {
     const int32_t token = 1;
-    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, FiringRecord{});
+    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, false, FiringRecord{});
     require(status.code() == StatusCode::kIo, "a shortened file that no step met");
   }
 }

@@ -35,9 +35,11 @@ class SumOrder {
     std::memset(places_, 0, neurons_ * sizeof(Placed));
     numbers_ = orders_.empty() ? nullptr : orders_[bank];
   }
+  /** The number in the checkpoint of bundle `neuron` of the bank. */
+  size_t number(size_t neuron) const { return numbers_ == nullptr ? neuron : numbers_[neuron]; }
   /** Bundle `neuron` of the bank fires. */
   void place(size_t neuron, float factor, size_t where) const {
-    places_[numbers_ == nullptr ? neuron : numbers_[neuron]] = {factor, static_cast<uint32_t>(where)};
+    places_[number(neuron)] = {factor, static_cast<uint32_t>(where)};
   }
   /** Calls visit(placed) for what is placed in a part, in order. */
   template <class Visit>

@@ -55,8 +55,12 @@ struct ColumnList {
   size_t factor_stride;
 };
 
+struct TileKernels;
+
 struct Kernels {
   const char* name;
+  /** The matrix unit (tiles.h), or null. */
+  const TileKernels* tiles = nullptr;
 
   /**
    * out[0 .. group_count(n)) = x[0 .. n) quantized, padded with zero. With `largest` the greatest magnitude of a block, a
@@ -131,6 +135,8 @@ const Kernels& scalar_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+/** Only for a CPU that has AMX, and a process that may use it (dispatch.h). */
+const Kernels& amx_kernels();
 #endif
 #if defined(__aarch64__)
 const Kernels& neon_kernels();

@@ -19,7 +19,9 @@
 #include <utility>
 #include <vector>
 
+#include "native/kernels/dispatch.h"
 #include "native/kernels/half.h"
+#include "native/kernels/tiles.h"
 
 namespace pi2 {
 namespace {
@@ -617,6 +619,121 @@ void test_adds(const Kernels& kernels) {
   }
 }
 
+// -- The matrix unit --------------------------------------------------------------------------------------------------
+
+/** Both factors of each product are rounded to bf16, to half of 2^-7; sums are float. Numbers below its least count as 0. */
+void check_near(float actual, double expected, double terms, size_t n, const char* what, size_t index) {
+  const double tolerance =
+      (1.01 * 0x1p-7 + 1e-6 * std::sqrt(static_cast<double>(n))) * terms + static_cast<double>(n) * 1e-34;
+  check(std::fabs(static_cast<double>(actual) - expected) <= tolerance, "%s %zu: %.9g instead of %.9g, tolerance %.3g", what,
+        index, static_cast<double>(actual), expected, tolerance);
+}
+
+/** Memory for tiles: on cache lines, full of what is no number. */
+class Bf16 {
+ public:
+  explicit Bf16(size_t count) : memory_(count + 32, 0x7fc1) {}
+  uint16_t* data() { return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64); }
+
+ private:
+  std::vector<uint16_t> memory_;
+};
+
+void test_tile_rows(const TileKernels& tiles, Encoding encoding, size_t rows, size_t groups, size_t tokens) {
+  const Matrix matrix(encoding, rows, groups);
+  const Activations x(tokens, groups);
+  const size_t n = groups * kGroup;
+  const auto multiply = encoding == Encoding::kQ4 ? tiles.multiply_q4 : tiles.multiply_q8;
+  const size_t y_stride = rows + random_below(3);
+  std::vector<float> y(tokens * y_stride, 77);
+  const auto packed_of = [&](const float* from, size_t count, Bf16& packed) {
+    for (size_t t = 0; t < count; t += kTokenLot) tiles.pack(from, n, groups, t, count, packed.data());
+  };
+  Bf16 packed(packed_length(groups, tokens));
+  packed_of(x.floats.data(), tokens, packed);
+  multiply(matrix.rows(), rows, groups, packed.data(), tokens, y.data(), y_stride);
+  for (size_t t = 0; t < tokens; t++) {
+    for (size_t r = 0; r < rows; r++) {
+      double expected = 0, terms = 0;
+      for (size_t i = 0; i < n; i++) {
+        const double term = matrix.values[r][i] * static_cast<double>(x.floats[t * n + i]);
+        expected += term;
+        terms += std::fabs(term);
+      }
+      check_near(y[t * y_stride + r], expected, terms, n, "product of tiles", r);
+    }
+    for (size_t r = rows; r < y_stride; r++) check(y[t * y_stride + r] == 77, "wrote behind the rows of token %zu", t);
+  }
+  // Any token and row by themselves.
+  for (size_t i = 0; i < 3; i++) {
+    const size_t t = random_below(tokens), r = random_below(rows), count = 1 + random_below(rows - r);
+    Bf16 alone(packed_length(groups, 1));
+    packed_of(x.floats.data() + t * n, 1, alone);
+    std::vector<float> some(count);
+    multiply(matrix.rows_from(r), count, groups, alone.data(), 1, some.data(), 0);
+    check_same(some.data(), y.data() + t * y_stride + r, count * sizeof(float), "a token alone", t);
+  }
+}
+
+/** A third of the columns is used by no token and not there. */
+void test_tile_columns(const Kernels& kernels, Encoding encoding, size_t count, size_t groups, size_t tokens) {
+  const TileKernels& tiles = *kernels.tiles;
+  const Matrix matrix(encoding, count, groups);
+  const auto sum = encoding == Encoding::kQ4 ? tiles.sum_columns_q4 : tiles.sum_columns_q8;
+  const size_t scales_offset = static_cast<size_t>(matrix.scales.data() - matrix.weights.data());
+  std::vector<float> factors(count * tokens, 0);
+  std::vector<const uint8_t*> columns(count, nullptr);
+  Bf16 packed(factors_length(count, tokens));
+  std::memset(packed.data(), 0, factors_length(count, tokens) * sizeof(uint16_t));
+  for (size_t c = 0; c < count; c++) {
+    const bool used = c / 40 % 3 != 1 && random_below(3) > 0;
+    for (size_t t = 0; used && t < tokens; t++) factors[c * tokens + t] = random_below(3) > 0 ? random_float() : 0;
+    if (tiles.put_factors(factors.data() + c * tokens, 1, tokens, c, packed.data()))
+      columns[c] = matrix.column(c, 0).weights;
+  }
+  const TileColumns all{columns.data(), scales_offset, count};
+  for (size_t g = 0; g < groups; g++) {
+    const size_t y_stride = kGroup + 16;
+    std::vector<float> y(tokens * y_stride, 77), alone(kGroup);
+    sum(all, packed.data(), g, tokens, y.data(), y_stride);
+    const size_t single = random_below(tokens);
+    Bf16 of_single(factors_length(count, 1));
+    std::memset(of_single.data(), 0, factors_length(count, 1) * sizeof(uint16_t));
+    for (size_t c = 0; c < count; c++) tiles.put_factors(&factors[c * tokens + single], 1, 1, c, of_single.data());
+    sum(all, of_single.data(), g, 1, alone.data(), 0);
+    check_same(alone.data(), y.data() + single * y_stride, kGroup * sizeof(float), "a token alone", single);
+    for (size_t t = 0; t < tokens; t++) {
+      kernels.to_natural_order(encoding, y.data() + t * y_stride, 1);
+      for (size_t i = 0; i < kGroup; i++) {
+        double expected = 0, terms = 0;
+        for (size_t c = 0; c < count; c++) {
+          const double term = static_cast<double>(factors[c * tokens + t]) * matrix.values[c][g * kGroup + i];
+          expected += term;
+          terms += std::fabs(term);
+        }
+        check_near(y[t * y_stride + i], expected, terms, count, "sum on tiles", i);
+      }
+      check(y[t * y_stride + kGroup] == 77, "wrote behind the group of token %zu", t);
+    }
+  }
+}
+
+void test_tiles(const Kernels& kernels) {
+  if (kernels.tiles == nullptr) return;
+  for (const Encoding encoding : {Encoding::kQ4, Encoding::kQ8}) {
+    current_test = "products of tiles";
+    test_tile_rows(*kernels.tiles, encoding, 1, 1, 1);
+    test_tile_rows(*kernels.tiles, encoding, 70, 3, 37);
+    test_tile_rows(*kernels.tiles, encoding, 150, 5, 16);
+    test_tile_rows(*kernels.tiles, encoding, 33, 2, 290);
+    current_test = "sums on tiles";
+    test_tile_columns(kernels, encoding, 1, 1, 1);
+    test_tile_columns(kernels, encoding, 200, 2, 37);
+    test_tile_columns(kernels, encoding, 1300, 1, 5);
+    test_tile_columns(kernels, encoding, 90, 1, 290);
+  }
+}
+
 // -- Attention --------------------------------------------------------------------------------------------------------
 
 void test_attention(const Kernels& kernels) {
@@ -673,6 +790,7 @@ void test_set(const Kernels& kernels) {
   test_quantize(kernels);
   test_dots(kernels);
   test_adds(kernels);
+  test_tiles(kernels);
   test_attention(kernels);
   std::printf("%s: %zu checks, %zu failed\n", kernels.name, check_count - checks_before, failure_count - failures_before);
 }
@@ -697,6 +815,9 @@ int run() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   test_or_tell(avx2 && avx512, avx512_kernels());
+  const Kernels* amx = find_kernels("amx");
+  if (amx == nullptr) std::printf("amx: the CPU lacks it\n");
+  if (amx != nullptr) test_set(*amx);
 #endif
 #endif
 #if defined(__aarch64__)

@@ -15,7 +15,7 @@ export type NativeErrorCode =
   | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
-export const KERNEL_SETS = ['scalar', 'neon', 'avx2', 'avx512'] as const;
+export const KERNEL_SETS = ['scalar', 'neon', 'avx2', 'avx512', 'amx'] as const;
 export type KernelSet = (typeof KERNEL_SETS)[number];
 
 export interface CpuReport {
@@ -305,6 +305,11 @@ export interface StepRequest {
   all: boolean;
   /** Whether every neuron that fires is computed, though the engine has a predictor. Default: no. */
   exact?: boolean;
+  /**
+   * Whether these tokens are of a prompt, which a matrix unit (kernel set `amx`) may compute, in bf16 and another order of sums:
+   * the same bits whatever steps the prompt is cut into. Default: no.
+   */
+  prompt?: boolean;
   /**
    * If given, receives which neurons fired: for each token, for each layer, for each expert, ceil(neurons / 8) bytes in which
    * bit i % 8 of byte i / 8 says that neuron i (in heat order) fired. Neurons of experts that were not routed to have not.

@@ -59,6 +59,8 @@ export interface StepOptions {
   all?: boolean;
   /** Every neuron that fires is computed, though the model has a predictor. */
   exact?: boolean;
+  /** These tokens are of a prompt: the matrix unit may compute them. */
+  prompt?: boolean;
   /** Receives which neurons fired, in heat order: `firedBytesPerToken` bytes a token. */
   fired?: Uint8Array;
   /** Receives which experts were used: `routedBytesPerToken` bytes a token. */

@@ -91,7 +91,7 @@ export class Generation {
     for (let position = 0; position < prompt.length; position += batchSize) {
       if (signal?.aborted) return false;
       const batch = Int32Array.from(prompt.slice(position, position + batchSize));
-      await this.#engine.step(batch, position, this.#logits, { exact: true });
+      await this.#engine.step(batch, position, this.#logits, { exact: true, prompt: true });
     }
     return true;
   }

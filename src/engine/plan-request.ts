@@ -8,7 +8,9 @@ import type { ModelDirectory } from '../format/model-directory.js';
 import type { NeuronCosts } from '../plan/keep-order.js';
 import { budgetBytes, describeLimit } from '../plan/memory-limit.js';
 import {
+  BATCH_SIZE_MOST,
   leastMemory,
+  MATRIX_BATCH_SIZE_MOST,
   type MemoryPlan,
   type MemoryQuestion,
   planMemory,
@@ -58,6 +60,7 @@ export async function planRequest(
   // What is mapped is the page cache's: the budget is of what the process takes for itself.
   const mode = isMapped ? 'resident' : loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
+  const hasMatrixUnit = !isMapped && (base.kernelSet ?? addon.cpu().kernelSets.at(-1)) === 'amx';
   const requestOf = (
     batchSize: number,
     shape: StreamShape | undefined,
@@ -88,6 +91,7 @@ export async function planRequest(
       bankCount: base.expertOffsets.length,
       neuronCount: base.neuronCount,
       contextLength: base.contextLength,
+      batchMost: hasMatrixUnit ? MATRIX_BATCH_SIZE_MOST : BATCH_SIZE_MOST,
       costs: neuronCosts(model),
       budgetBytes: budgetBytes(memory, processBytes),
       processBytes,

@@ -25,6 +25,8 @@ const BATCH_SHARE = 1 / 8;
  * heard between them.
  */
 export const BATCH_SIZE_MOST = 128;
+/** The same with a matrix unit: arithmetic is so fast that decoding weights, or reading them from flash, is the limit. */
+export const MATRIX_BATCH_SIZE_MOST = 256;
 /**
  * A neuron that fires for this share of the tokens that reach its bank is kept for good: its place would never be given to
  * another, so it needs no bookkeeping. Below a fifth, places that change hands find more (docs/CACHE.md).
@@ -59,6 +61,8 @@ export interface MemoryQuestion extends Banks {
    * whole, since their gates are not what says whether they are needed.
    */
   keptShares?: readonly number[];
+  /** Most tokens computed together. Default: `BATCH_SIZE_MOST`. */
+  batchMost?: number;
   /** Whether the engine can read neurons ahead. */
   canPrefetch?: boolean;
 }
@@ -73,7 +77,7 @@ export type MemoryPlan =
 export function planMemory(question: MemoryQuestion): MemoryPlan {
   const { mode, budgetBytes, processBytes } = question;
   const total = (batchSize: number, shape?: StreamShape) => processBytes + question.measure(batchSize, shape);
-  const batchMost = Math.min(BATCH_SIZE_MOST, question.contextLength);
+  const batchMost = Math.min(question.batchMost ?? BATCH_SIZE_MOST, question.contextLength);
   const largestBatch = (budget: number, shape?: StreamShape) =>
     1 + mostThatFit(batchMost - 1, (more) => total(1 + more, shape) <= budget);
   if (mode !== 'stream' && total(1) <= budgetBytes) {
