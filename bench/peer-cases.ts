@@ -146,12 +146,12 @@ async function backendFolder(name: string): Promise<string> {
   return folder;
 }
 
-const LLAMA_MODULES = join(PACKAGE_ROOT, 'bench', 'node_modules');
+const LLAMA_MODULES = join(PACKAGE_ROOT, 'bench', 'llama', 'node_modules');
 
 function requireLlama(): void {
   if (existsSync(join(LLAMA_MODULES, 'node-llama-cpp'))) return;
-  const hint = 'once: npm ci --prefix bench (700 MB); or leave it out with --only predicted,exact,dense';
-  throw new Pi2Error('E_FILE', 'llama.cpp is not installed: bench/node_modules has no node-llama-cpp', hint);
+  const hint = 'once: npm ci --prefix bench/llama (700 MB); or leave it out with --only predicted,exact,dense';
+  throw new Pi2Error('E_FILE', 'llama.cpp is not installed: bench/llama/node_modules has no node-llama-cpp', hint);
 }
 
 function shapeNamed(name: string): Shape {

@@ -41,7 +41,7 @@ interface AddonContext {
   removeTokenCellsFromSequence(sequence: number, start: number, end: number): boolean;
 }
 
-const MODULES = join(PACKAGE_ROOT, 'bench', 'node_modules');
+const MODULES = join(PACKAGE_ROOT, 'bench', 'llama', 'node_modules');
 const SEED = 1;
 
 async function open(request: LlamaRequest): Promise<PeerEngine> {

@@ -28,9 +28,9 @@ const LONG_SOURCES: Record<string, string> = {
 };
 
 const SKIPPED =
-  /^(\.git|\.tap|node_modules|build|dist|bench\/(cache|results|node_modules)|demo\/stories-drelu|test\/fixtures)(\/|$)|\.pi2/;
+  /^(\.git|\.tap|node_modules|build|dist|bench\/(cache|results|llama\/node_modules)|demo\/stories-drelu|test\/fixtures)(\/|$)|\.pi2/;
 const TEXT =
-  /\.(ts|tsx|js|mjs|cc|h|md|json|gyp|yml)$|^(bench\/\.npmrc|\.ci\/run)$|^\.(npmrc|taprc|editorconfig|gitignore|clang-format)$/;
+  /\.(ts|tsx|js|mjs|cc|h|md|json|gyp|yml)$|^(bench\/llama\/\.npmrc|\.ci\/run)$|^\.(npmrc|taprc|editorconfig|gitignore|clang-format)$/;
 const SOURCE = /\.(ts|tsx|js|mjs|cc|h)$/;
 const SELF = 'test/00-tidy.ts';
 
@@ -128,9 +128,9 @@ t.test('what others call says what it does', async (t) => {
 t.test('the lock names no registry, and leaves no package out', async (t) => {
   const lock = read('package-lock.json');
   t.notMatch(lock, /"resolved"/, 'no address of a package');
-  t.notMatch(read('bench/package-lock.json'), /"resolved"/, 'nor in the lock of the benchmarks');
+  t.notMatch(read('bench/llama/package-lock.json'), /"resolved"/, 'nor in the lock of the benchmarks');
   const configured = findLines(
-    ['.npmrc', '.ci/run', 'package.json', 'bench/.npmrc', 'bench/package.json'],
+    ['.npmrc', '.ci/run', 'package.json', 'bench/llama/.npmrc', 'bench/llama/package.json'],
     /https?:\/\/|\bregistry\b(?!-resolved)/,
   );
   t.strictSame(configured, []);
@@ -162,7 +162,7 @@ t.test('every dependency is used, and DEPENDENCIES.md says what for', async (t) 
     [],
     'a line for each',
   );
-  const ofBenchmarks = Object.keys(JSON.parse(read('bench/package.json')).dependencies);
+  const ofBenchmarks = Object.keys(JSON.parse(read('bench/llama/package.json')).dependencies);
   const packages = rows.flatMap((row) => [...row.matchAll(/`(@?[\w-]+(?:\/[\w-]+)?)`/g)].map((match) => match[1]));
   const programs = ['aarch64-linux-gnu-g++', 'qemu-aarch64-static'];
   t.strictSame(

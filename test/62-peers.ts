@@ -17,7 +17,7 @@ import { REPOSITORY } from './support/shared.js';
 const SMALL = { hiddenSize: 256, layerCount: 2, headCount: 4, kvHeadCount: 2, neuronCount: 512, vocabSize: 384 };
 const DENSE: Shape = { ...shapeNamed('mistral-7b'), ...SMALL, contextLength: 64 };
 const MIXTURE: Shape = { ...DENSE, expertCount: 4, expertsPerToken: 2 };
-const LLAMA = join(REPOSITORY, 'bench', 'node_modules', 'node-llama-cpp', 'dist', 'index.js');
+const LLAMA = join(REPOSITORY, 'bench', 'llama', 'node_modules', 'node-llama-cpp', 'dist', 'index.js');
 
 function shapeNamed(name: string): Shape {
   return SHAPES.find((shape) => shape.name === name) as Shape;
@@ -70,7 +70,7 @@ for (const [what, shape] of [
 
 t.test(
   'GGUF: another reader agrees',
-  { skip: existsSync(LLAMA) ? false : 'needs npm ci --prefix bench' },
+  { skip: existsSync(LLAMA) ? false : 'needs npm ci --prefix bench/llama' },
   async (t) => {
     const path = join(t.testdir(), 'model.gguf');
     await generateGguf(MIXTURE, 'q4_0', 1, path);
