@@ -87,8 +87,8 @@ void StreamedExperts::resident_stage(const ExpertJob& job, const Round& round, s
   for (size_t chunk = first; chunk < round.end_chunk; chunk += kParts) {
     count += list_entries(chunk, kResident, entries + count);
     if (count + kNeuronChunk <= kListRoom && chunk + kParts < round.end_chunk) continue;
-    // All chunks with entries in memory are of one kind.
-    if (kinds_[chunk] == ChunkKind::kPredicted) multiply_gates(job, entries, count, thread);
+    // Gates kept apart were multiplied to find out which neurons fire.
+    if (keeps_gates(*config_)) multiply_gates(job, entries, count, thread);
     activate_entries(job, entries, count, thread);
     count = 0;
   }
