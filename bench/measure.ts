@@ -1,5 +1,6 @@
 import { type BenchTest, joinCounters, randomPrompts, type Sample, TestRunner, testName } from '../src/bench/runner.js';
-import type { EngineCounters, KernelSet } from '../src/engine/contract.js';
+import type { KernelSet } from '../src/engine/contract.js';
+import type { EngineCounters } from '../src/engine/counters.js';
 import { Engine } from '../src/engine/engine.js';
 import { seededRandom } from '../src/engine/random.js';
 import { openModelDirectory } from '../src/format/model-directory.js';

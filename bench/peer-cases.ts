@@ -150,7 +150,8 @@ const LLAMA_MODULES = join(PACKAGE_ROOT, 'bench', 'llama', 'node_modules');
 
 function requireLlama(): void {
   if (existsSync(join(LLAMA_MODULES, 'node-llama-cpp'))) return;
-  const hint = 'once: npm ci --prefix bench/llama (700 MB); or leave it out with --only predicted,exact,dense';
+  const hint =
+    'once: npm install --no-save --prefix bench/llama (700 MB); or leave it out with --only predicted,exact,dense';
   throw new Pi2Error('E_FILE', 'llama.cpp is not installed: bench/llama/node_modules has no node-llama-cpp', hint);
 }
 

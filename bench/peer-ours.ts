@@ -41,8 +41,8 @@ async function open(request: OurRequest): Promise<PeerEngine> {
       before = engine.counters();
       for (let position = 0; position < tokens; position += engine.batchSize) {
         const batch = Int32Array.from({ length: Math.min(engine.batchSize, tokens - position) }, randomToken);
-        // Prompts are computed exactly, as `run` does.
-        await engine.step(batch, position, logits, { exact: true });
+        // As `run` computes prompts.
+        await engine.step(batch, position, logits, { exact: true, prompt: true });
       }
       return counts(tokens);
     },

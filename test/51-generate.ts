@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import t from 'tap';
-import type { EngineCounters } from '../src/engine/contract.js';
+import type { EngineCounters } from '../src/engine/counters.js';
 import { chooseContext, Engine, nativeError, type StepEngine, type StepOptions } from '../src/engine/engine.js';
 import { cutWindows, evaluateSequence, measurePerplexity, negativeLogLikelihood } from '../src/engine/evaluate.js';
 import { type GenerateOptions, Generation, requirePrompt } from '../src/engine/generate.js';

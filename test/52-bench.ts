@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import t from 'tap';
 import { convert } from '../converter/convert.js';
 import { joinCounters, type PromptSource, TestRunner, testName, testPositions } from '../src/bench/runner.js';
-import type { EngineCounters } from '../src/engine/contract.js';
+import type { EngineCounters } from '../src/engine/counters.js';
 import { Engine } from '../src/engine/engine.js';
 import { seededRandom } from '../src/engine/random.js';
 import { openModelDirectory } from '../src/format/model-directory.js';

@@ -70,7 +70,7 @@ for (const [what, shape] of [
 
 t.test(
   'GGUF: another reader agrees',
-  { skip: existsSync(LLAMA) ? false : 'needs npm ci --prefix bench/llama' },
+  { skip: existsSync(LLAMA) ? false : 'needs npm install --no-save --prefix bench/llama' },
   async (t) => {
     const path = join(t.testdir(), 'model.gguf');
     await generateGguf(MIXTURE, 'q4_0', 1, path);

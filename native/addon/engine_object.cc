@@ -1,7 +1,5 @@
 #include "native/addon/engine_object.h"
 
-#include <sys/resource.h>
-
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -9,10 +7,10 @@
 
 #include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
+#include "native/addon/counters.h"
 #include "native/addon/task.h"
 #include "native/addon/trace_calls.h"
 #include "native/engine/engine.h"
-#include "native/engine/streamed_experts.h"
 
 namespace pi2 {
 namespace {
@@ -145,52 +143,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     const Napi::Env env = info.Env();
     if (refuses(env)) return env.Undefined();
     const std::lock_guard<std::mutex> lock(shared_->lock);
-    const EngineCounters c = shared_->engine->counters();
-    Napi::Object object = Napi::Object::New(env);
-    const auto set_in = [&](Napi::Object& target, const char* name, uint64_t value) {
-      target.Set(name, Napi::Number::New(env, static_cast<double>(value)));
-    };
-    const auto set = [&](const char* name, uint64_t value) { set_in(object, name, value); };
-    set("tokens", c.tokens);
-    set("weightBytesRead", c.weight_bytes_read);
-    set("kvBytesRead", c.kv_bytes_read);
-    set("neuronsFired", c.neurons_fired);
-    set("neuronsSeen", c.neurons_seen);
-    set("weightBytes", c.weight_bytes);
-    set("kvBytes", c.kv_bytes);
-    set("scratchBytes", c.scratch_bytes);
-    rusage usage;
-    set("majorFaults", getrusage(RUSAGE_SELF, &usage) == 0 ? static_cast<uint64_t>(usage.ru_majflt) : 0);
-    if (const Predictor* predictor = shared_->engine->predictor()) {
-      const PredictorCounters p = predictor->counters();
-      Napi::Object guesses = Napi::Object::New(env);
-      set_in(guesses, "ns", p.ns);
-      set_in(guesses, "weightBytesRead", p.weight_bytes_read);
-      set_in(guesses, "scored", p.scored);
-      set_in(guesses, "chosen", p.chosen);
-      set_in(guesses, "skippedOnFlash", p.skipped_on_flash);
-      object.Set("predictor", guesses);
-    }
-    if (const StreamedExperts* streamed = shared_->engine->streamed()) {
-      const StreamCounters& s = streamed->stream_counters();
-      Napi::Object stream = Napi::Object::New(env);
-      set_in(stream, "hotHits", s.hot_hits);
-      set_in(stream, "coldHits", s.cold_hits);
-      set_in(stream, "misses", s.misses);
-      set_in(stream, "reads", s.reads);
-      set_in(stream, "askedBytes", s.asked_bytes);
-      set_in(stream, "readBytes", s.read_bytes);
-      set_in(stream, "usedBytes", s.used_bytes);
-      set_in(stream, "sparedBytes", s.spared_bytes);
-      set_in(stream, "gateStallNs", s.gate_stall_ns);
-      set_in(stream, "rowStallNs", s.row_stall_ns);
-      set_in(stream, "prefetched", s.prefetched);
-      set_in(stream, "prefetchUsed", s.prefetch_used);
-      stream.Set("twoPhases", Napi::Boolean::New(env, streamed->two_phases()));
-      stream.Set("storage", Napi::String::New(env, streamed->storage()));
-      object.Set("stream", stream);
-    }
-    return object;
+    return counters_object(env, *shared_->engine);
   }
 
   Napi::Value measure_bandwidths(const Napi::CallbackInfo& info) {

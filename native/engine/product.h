@@ -8,8 +8,8 @@
 namespace pi2 {
 
 /**
- * Rows of a matrix that one thread takes at a time. Kernels prefetch past a chunk's end, which another thread reads, and
- * begin a chunk without prefetched rows: with 64 rows that costs a tenth of the bandwidth.
+ * Rows of a matrix that one thread takes at a time. Kernels begin a chunk without prefetched rows, and some prefetch
+ * past its end, which another thread reads: with 64 rows that costs a tenth of the bandwidth.
  */
 inline constexpr size_t kRowChunk = 128;
 

@@ -1,4 +1,4 @@
-import type { EngineCounters } from '../engine/contract.js';
+import type { EngineCounters } from '../engine/counters.js';
 import type { StepEngine } from '../engine/engine.js';
 import type { Random } from '../engine/random.js';
 import { SAMPLING_DEFAULTS, sampleToken } from '../engine/sampler.js';

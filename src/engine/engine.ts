@@ -5,15 +5,8 @@ import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
 import type { Ablation } from './ablation.js';
 import { loadAddon } from './addon.js';
-import type {
-  Bandwidths,
-  EngineCounters,
-  EngineRequest,
-  KernelSet,
-  NativeAddon,
-  NativeEngine,
-  NativeTrace,
-} from './contract.js';
+import type { Bandwidths, EngineRequest, KernelSet, NativeAddon, NativeEngine, NativeTrace } from './contract.js';
+import type { EngineCounters } from './counters.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
 

@@ -1,4 +1,4 @@
-import type { EngineCounters } from '../engine/contract.js';
+import type { EngineCounters } from '../engine/counters.js';
 import type { Recall } from '../engine/recall.js';
 import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
 import { formatShare } from './format.js';

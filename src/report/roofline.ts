@@ -1,4 +1,5 @@
-import type { Bandwidths, EngineCounters } from '../engine/contract.js';
+import type { Bandwidths } from '../engine/contract.js';
+import type { EngineCounters } from '../engine/counters.js';
 import type { Engine } from '../engine/engine.js';
 
 /**

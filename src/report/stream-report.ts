@@ -1,5 +1,5 @@
 import { formatBytes } from '../base/bytes.js';
-import type { EngineCounters, StreamCounters } from '../engine/contract.js';
+import type { EngineCounters, StreamCounters } from '../engine/counters.js';
 import type { Engine } from '../engine/engine.js';
 import { formatShare } from './format.js';
 
