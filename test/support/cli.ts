@@ -4,7 +4,10 @@ import { REPOSITORY } from './shared.js';
 
 const PROGRAM = join(REPOSITORY, 'bin', 'powerinfer2.js');
 
-/** Compiles the program, so that what is spawned is what stands in `src/`. */
+/**
+ * Compiles the program, so that what is spawned is what stands in `src/`. Writes only what has changed: another test may be
+ * running the program meanwhile.
+ */
 export function buildProgram(): void {
   const compiler = join(REPOSITORY, 'node_modules', 'typescript', 'bin', 'tsc');
   execFileSync(process.execPath, [compiler, '-p', join(REPOSITORY, 'tsconfig.build.json')]);
