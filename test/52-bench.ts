@@ -5,7 +5,7 @@ import t from 'tap';
 import { convert } from '../converter/convert.js';
 import { joinCounters, type PromptSource, TestRunner, testName, testPositions } from '../src/bench/runner.js';
 import type { EngineCounters } from '../src/engine/counters.js';
-import { Engine } from '../src/engine/engine.js';
+import { Engine, type StepOptions } from '../src/engine/engine.js';
 import { seededRandom } from '../src/engine/random.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
 import { buildProgram, finish, jsonLines, runCli, startCli } from './support/cli.js';
@@ -212,14 +212,14 @@ t.test('Ctrl-C ends it with what was measured, status 130', async (t) => {
 t.test('a run: depth is not timed, tokens are the model’s own and the same each time', async (t) => {
   const engine = await Engine.open(await openModelDirectory(model), { context: 64, threads: 1 });
   t.teardown(() => engine.close());
-  const steps: { tokens: number[]; position: number; exact: boolean | undefined }[] = [];
+  const steps: { tokens: number[]; position: number; options: StepOptions | undefined }[] = [];
   const watched = {
     contextLength: 64,
     vocabSize: engine.vocabSize,
     batchSize: 4,
     counters: () => engine.counters(),
-    step: (tokens: Int32Array, position: number, logits: Float32Array, options?: { exact?: boolean }) => {
-      steps.push({ tokens: [...tokens], position, exact: options?.exact });
+    step: (tokens: Int32Array, position: number, logits: Float32Array, options?: StepOptions) => {
+      steps.push({ tokens: [...tokens], position, options });
       return engine.step(tokens, position, logits, options);
     },
   };
@@ -230,15 +230,15 @@ t.test('a run: depth is not timed, tokens are the model’s own and the same eac
   const runOnce = () => new TestRunner(watched, prompts, seededRandom(7)).run(test);
   const sample = await runOnce();
   t.strictSame(
-    steps.map(({ tokens, position, exact }) => [position, tokens.length, exact]),
+    steps.map(({ tokens, position, options }) => [position, tokens.length, options?.exact, options?.prompt]),
     [
-      [0, 4, true],
-      [4, 1, true],
-      [5, 4, true],
-      [9, 2, true],
-      [11, 1, false],
-      [12, 1, false],
-      [13, 1, false],
+      [0, 4, true, true],
+      [4, 1, true, true],
+      [5, 4, true, true],
+      [9, 2, true, true],
+      [11, 1, false, false],
+      [12, 1, false, false],
+      [13, 1, false, false],
     ],
   );
   t.strictSame(

@@ -103,9 +103,10 @@ export class TestRunner {
     return ms;
   }
 
-  async #step(tokens: Int32Array, position: number, exact: boolean): Promise<number> {
+  async #step(tokens: Int32Array, position: number, prompt: boolean): Promise<number> {
     const start = performance.now();
-    await this.#engine.step(tokens, position, this.#logits, { exact });
+    // As `run` computes prompts.
+    await this.#engine.step(tokens, position, this.#logits, { exact: prompt, prompt });
     return performance.now() - start;
   }
 
