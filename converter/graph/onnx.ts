@@ -15,7 +15,7 @@ import {
 } from '../../src/format/npu.js';
 
 const { onnx } = onnxProto;
-const { FLOAT, UINT8, BOOL } = onnx.TensorProto.DataType;
+const { FLOAT, UINT8, BOOL, INT64 } = onnx.TensorProto.DataType;
 
 /** Versions that graphs are written for: ONNX Runtime 1.20 and newer read them. */
 export const IR_VERSION = 10;
@@ -29,6 +29,9 @@ export const WEIGHT_BITS = 4;
 /** What products are made in: int8, with a scale for each 32 inputs. */
 const ACCURACY_LEVEL = 4;
 
+/** HTP multiplies three dimensions only: one sequence of tokens. */
+const SEQUENCES = 1;
+
 /** Names of the input [tokens, hidden] and of the output [tokens, hidden]. */
 export const INPUT_NAME = 'x';
 export const OUTPUT_NAME = 'y';
@@ -37,11 +40,12 @@ export const OUTPUT_NAME = 'y';
 export function makeGraph(h: Hyperparameters, shape: GraphShape): Uint8Array {
   const graph = new GraphMaker(h, shape.tokens);
   const clusters = bankLayout(h).clusters.slice(0, shape.clusters);
-  const sums = clusters.map((cluster, c) => graph.addCluster(`c${c}`, cluster, clusters.length === 1));
+  const input = graph.reshape(INPUT_NAME, 'sequence', [SEQUENCES, shape.tokens, h.hidden_size]);
+  const sums = clusters.map((cluster, c) => graph.addCluster(`c${c}`, cluster, input));
   for (let c = 1; c < sums.length; c++) {
-    const output = c === sums.length - 1 ? OUTPUT_NAME : `sum${c}`;
-    sums[c] = graph.add('Add', output, [sums[c - 1], sums[c]], h.hidden_size);
+    sums[c] = graph.add('Add', `sum${c}`, [sums[c - 1], sums[c]], h.hidden_size);
   }
+  graph.reshape(sums[sums.length - 1], OUTPUT_NAME, [shape.tokens, h.hidden_size]);
   return graph.bytes(`t${shape.tokens}-c${shape.clusters}`);
 }
 
@@ -56,28 +60,37 @@ class GraphMaker {
     private readonly tokens: number,
   ) {}
 
-  /** The FFN of a cluster. Returns the name of its sum, which is the output if it is the only one. */
-  addCluster(name: string, cluster: Cluster, isOnly: boolean): string {
+  /** The FFN of a cluster for an input [1, tokens, hidden]. Returns the name of its sum. */
+  addCluster(name: string, cluster: Cluster, input: string): string {
     const { gate, up, down, upBias, paddedNeurons } = cluster;
-    const gates = gate && this.#product(`${name}.gate`, INPUT_NAME, gate);
-    let ups = this.#product(`${name}.up`, INPUT_NAME, up);
+    const gates = gate && this.#product(`${name}.gate`, input, gate);
+    let ups = this.#product(`${name}.up`, input, up);
     if (upBias) {
       const bias = this.#external(`${name}.up_bias`, FLOAT, [paddedNeurons], upBias);
       ups = this.add('Add', `${name}.biased`, [ups, bias], paddedNeurons);
     }
     const active = this.#activate(name, gates, ups, paddedNeurons);
-    return this.#product(isOnly ? OUTPUT_NAME : `${name}.down`, active, down, `${name}.down`);
+    return this.#product(`${name}.down`, active, down);
   }
 
-  /** A node of one output [tokens, columns]; returns its name. */
+  /** The same numbers in another shape. Returns the name of it. */
+  reshape(input: string, output: string, dims: number[]): string {
+    const shape = `${output}.shape`;
+    this.#weights.push({ name: shape, dataType: INT64, dims: [dims.length], int64Data: dims });
+    this.#nodes.push({ opType: 'Reshape', name: output, input: [input, shape], output: [output] });
+    if (output !== OUTPUT_NAME) this.#values.push(valueInfo(output, dims));
+    return output;
+  }
+
+  /** A node of one output [1, tokens, columns]; returns its name. */
   add(opType: string, output: string, input: string[], columns: number, elemType: number = FLOAT): string {
-    this.#node({ opType, name: output, input, output: [output] });
-    this.#values.push(matrixInfo(output, this.tokens, columns, elemType));
+    this.#nodes.push({ opType, name: output, input, output: [output] });
+    this.#values.push(valueInfo(output, [SEQUENCES, this.tokens, columns], elemType));
     return output;
   }
 
   bytes(name: string): Uint8Array {
-    const matrix = (value: string) => matrixInfo(value, this.tokens, this.h.hidden_size);
+    const matrix = (value: string) => valueInfo(value, [this.tokens, this.h.hidden_size]);
     const model = onnx.ModelProto.create({
       irVersion: IR_VERSION,
       producerName: 'powerinfer2',
@@ -91,7 +104,7 @@ class GraphMaker {
         initializer: this.#weights,
         input: [matrix(INPUT_NAME)],
         output: [matrix(OUTPUT_NAME)],
-        valueInfo: this.#values.filter((value) => value.name !== OUTPUT_NAME),
+        valueInfo: this.#values,
       },
     });
     return onnx.ModelProto.encode(model).finish();
@@ -118,30 +131,26 @@ class GraphMaker {
     }
   }
 
-  /** input [tokens, K] times a matrix [N, K], transposed. */
-  #product(output: string, input: string, { outputs, inputs, weights, scales }: NpuMatrix, name = output): string {
+  /** input [1, tokens, K] times a matrix [N, K], transposed. Its name is that of its output. */
+  #product(name: string, input: string, { outputs, inputs, weights, scales }: NpuMatrix): string {
     const blocks = inputs / BLOCK;
     const parts = [
       this.#external(`${name}.weights`, UINT8, [outputs, blocks, BLOCK / 2], weights),
-      this.#external(`${name}.scales`, FLOAT, [outputs * blocks], scales),
+      this.#external(`${name}.scales`, FLOAT, [outputs, blocks], scales),
     ];
     const numbers = { K: inputs, N: outputs, bits: WEIGHT_BITS, block_size: BLOCK, accuracy_level: ACCURACY_LEVEL };
-    this.#node({
+    this.#nodes.push({
       opType: 'MatMulNBits',
       domain: CONTRIB_DOMAIN,
       name,
       input: [input, ...parts],
-      output: [output],
+      output: [name],
       attribute: Object.entries(numbers).map(([key, i]) => {
         return { name: key, type: onnx.AttributeProto.AttributeType.INT, i };
       }),
     });
-    this.#values.push(matrixInfo(output, this.tokens, outputs));
-    return output;
-  }
-
-  #node(node: onnxProto.onnx.INodeProto): void {
-    this.#nodes.push(node);
+    this.#values.push(valueInfo(name, [SEQUENCES, this.tokens, outputs]));
+    return name;
   }
 
   /** A tensor in the file of weights. */
@@ -165,7 +174,7 @@ class GraphMaker {
   }
 }
 
-function matrixInfo(name: string, rows: number, columns: number, elemType: number = FLOAT) {
-  const dim = [rows, columns].map((dimValue) => ({ dimValue }));
+function valueInfo(name: string, dims: number[], elemType: number = FLOAT) {
+  const dim = dims.map((dimValue) => ({ dimValue }));
   return { name, type: { tensorType: { elemType, shape: { dim } } } };
 }
