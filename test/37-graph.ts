@@ -2,14 +2,24 @@
 // ONNX Runtime must compute as the equations say; and the lint that keeps out what an NPU would not take.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import t, { type Test } from 'tap';
+import { Checkpoint } from '../converter/checkpoint/checkpoint.js';
+import { type ConvertOptions, convert } from '../converter/convert.js';
+import { recipeFor } from '../converter/quantize/recipe.js';
+import { planExtents } from '../converter/steps/extents.js';
+import { cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
+import { SKIPPED } from '../src/engine/contract.js';
+import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
-import { bankExtent, bankLayout, type Cluster, graphShapes, type NpuMatrix } from '../src/format/npu.js';
+import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
 import { decodedWeights } from './support/decoded-weights.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
 import { Random } from './support/numbers.js';
+import { writeRandomProfile } from './support/profiles.js';
+import { needsShared, SHARED_MODEL_NAMES, sharedModel } from './support/shared.js';
 
 const scratch = t.testdir({});
 const ort = await import('onnxruntime-node').catch(() => null);
@@ -153,14 +163,40 @@ function activate({ ffn }: Hyperparameters, gate: number): number {
   }
 }
 
+/** Models in an order of heat, and those in the order of the checkpoint that they are made of. */
+const ORDERED: Record<string, string> = { 'silu by heat': 'silu', 'moe by heat': 'moe', 'opt by heat': 'opt' };
+
 const models: Record<string, Promise<string>> = {};
 function modelOf(name: string): Promise<string> {
-  models[name] ??= makeModel(join(scratch, name), MODELS[name], 'q4', true);
+  models[name] ??=
+    name in ORDERED ? reordered(ORDERED[name]) : makeModel(join(scratch, name), MODELS[name], 'q4', true);
   return models[name];
 }
 
-t.test('the weights of a unit are the numbers of the bundles', async (t) => {
-  for (const name of Object.keys(MODELS)) {
+/** The model once more, its neurons in a random order. */
+async function reordered(name: string): Promise<string> {
+  const plain = await modelOf(name);
+  const profile = await writeRandomProfile(plain, join(scratch, `${name}.profile`), 3);
+  return convertAgain(plain, { profile });
+}
+
+let converted = 0;
+
+/** Converts the checkpoint of a model that `makeModel` made, again. Resolves with the path of the new model. */
+async function convertAgain(path: string, options: Partial<ConvertOptions> = {}): Promise<string> {
+  const output = join(scratch, `again-${converted++}.pi2`);
+  const request = {
+    checkpoint: path.replace(/\.pi2$/, ''),
+    output,
+    quantization: 'q4',
+    maxMemoryBytes: 2 ** 31,
+  } as const;
+  const signal = new AbortController().signal;
+  return (await convert({ ...request, force: true, npu: true, ...options }, () => {}, signal)).output;
+}
+
+t.test('the weights of a unit are the numbers of the bundles, in any order', async (t) => {
+  for (const name of [...Object.keys(MODELS), ...Object.keys(ORDERED)]) {
     const model = await openModelDirectory(await modelOf(name));
     const { hyperparameters: h } = model.manifest;
     const banks = await readBanks(model);
@@ -219,5 +255,102 @@ async function checkGraphs(t: Test, directory: string, only?: number[]): Promise
 }
 
 t.test('ONNX Runtime computes every graph as the equations say', { skip: noRuntime }, async (t) => {
-  for (const name of Object.keys(MODELS)) await t.test(name, async (t) => checkGraphs(t, await modelOf(name)));
+  for (const name of [...Object.keys(MODELS), ...Object.keys(ORDERED)]) {
+    await t.test(name, async (t) => checkGraphs(t, await modelOf(name)));
+  }
 });
+
+for (const name of SHARED_MODEL_NAMES) {
+  const skip = noRuntime || needsShared(name).skip;
+  t.test(`and those of the trained checkpoint ${name}`, { skip }, async (t) => {
+    const output = join(scratch, `${name}.pi2`);
+    await convertAgain(sharedModel(name) as string, { output });
+    // The first bank and the last: that all are what the bundles say is tested above, in less time.
+    const { hyperparameters: h } = (await openModelDirectory(output)).manifest;
+    await checkGraphs(t, output, [0, h.layer_count * expertCount(h) - 1]);
+  });
+}
+
+t.test('bundles are those of a model without a unit, but for Down, whose 32 neurons share their scales', async (t) => {
+  for (const name of ['relu', 'silu by heat', 'opt']) {
+    const path = await modelOf(name);
+    const model = await openModelDirectory(path);
+    const profile = model.profilePath ?? undefined;
+    const source = name in ORDERED ? await modelOf(ORDERED[name]) : path;
+    const plain = await openModelDirectory(await convertAgain(source, { npu: false, profile }));
+    const { hyperparameters: h, layout } = model.manifest;
+    t.same(layout, plain.manifest.layout, `${name}: the layout`);
+    const [tiled, own] = [readFileSync(model.neuronsPath), readFileSync(plain.neuronsPath)];
+    const weights = weightBytes('q4', h.hidden_size);
+    const scales = scaleBytes('q4', h.hidden_size);
+    const before = weights + (layout.matrices - 1) * scales;
+    let [same, shared] = [true, true];
+    for (let bank = 0; bank < h.layer_count * expertCount(h); bank++) {
+      const begin = model.expertOffset(Math.floor(bank / expertCount(h)), bank % expertCount(h));
+      const part = (file: Buffer, i: number, offset: number, bytes: number) => {
+        const unit = begin + Math.floor(i / layout.neurons_per_unit) * layout.unit_bytes;
+        const at = unit + (i % layout.neurons_per_unit) * layout.part1_stride + offset;
+        return file.subarray(at, at + bytes);
+      };
+      for (let i = 0; i < h.neuron_count; i++) {
+        if (!part(tiled, i, 0, before).equals(part(own, i, 0, before))) same = false;
+        const first = i - (i % DOWN_TILE);
+        if (!part(tiled, i, before, scales).equals(part(tiled, first, before, scales))) shared = false;
+      }
+    }
+    t.ok(same, `${name}: gate and up`);
+    t.ok(shared, `${name}: scales of Down`);
+    t.notOk(tiled.equals(own), `${name}: and Down is another`);
+  }
+});
+
+t.test('however memory cuts a conversion, tiles are read whole', async (t) => {
+  for (const name of ['relu', 'moe', 'opt']) {
+    const path = (await modelOf(name)).replace(/\.pi2$/, '');
+    const checkpoint = await Checkpoint.open(path);
+    await checkpoint.close();
+    const { hyperparameters: h } = checkpoint.model;
+    const random = new Random(5);
+    const shuffled = Uint32Array.from({ length: expertCount(h) * h.neuron_count }, (_, i) => i % h.neuron_count);
+    for (let e = 0; e < expertCount(h); e++) {
+      const keys = Array.from({ length: h.neuron_count }, () => random.uniform());
+      shuffled.subarray(e * h.neuron_count, (e + 1) * h.neuron_count).sort((a, b) => keys[a] - keys[b]);
+    }
+    for (const order of [null, Array.from({ length: h.layer_count }, () => shuffled)]) {
+      const [extent] = planExtents(checkpoint.model, recipeFor('q4', h.tied_embeddings, true), order).neurons;
+      const least = leastLimits(extent);
+      const more = fc.double({ min: 1, max: 30, noNaN: true });
+      fc.assert(
+        fc.property(more, more, (pieceFactor, chunkFactor) => {
+          const limits = {
+            pieceBytes: Math.floor(least.pieceBytes * pieceFactor),
+            chunkBytes: Math.floor(least.chunkBytes * chunkFactor),
+          };
+          const pieces = cutPieces(extent, 0, limits);
+          return pieces.every((piece) =>
+            piece.loads.every((load) => loadBytes(load) <= limits.chunkBytes && readsTiles(load)),
+          );
+        }),
+        { numRuns: 30 },
+      );
+      t.throws(() => cutPieces(extent, extent.layout.unit_bytes, least), RangeError, 'not from within a tile on');
+    }
+  }
+});
+
+/** Whether a load of Down has whole tiles: from a multiple of 32 on, none of the last missing but at the end of the expert. */
+function readsTiles(load: Load): boolean {
+  if (load.vectors === 'rows') return !load.tiles;
+  if (!load.tiles) return false;
+  const neurons = load.source.shape[1];
+  if (load.order) {
+    const vectors = [...load.order].filter((vector) => vector !== SKIPPED).sort((a, b) => a - b);
+    return load.columns === neurons && vectors.every((vector, i) => vector === i);
+  }
+  const isLast = load.firstColumn + load.columns === neurons;
+  return (
+    load.firstVector % DOWN_TILE === 0 &&
+    load.firstColumn % DOWN_TILE === 0 &&
+    (isLast || load.columns % DOWN_TILE === 0)
+  );
+}
