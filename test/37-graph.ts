@@ -1,21 +1,28 @@
 // What a dense unit gets: weights in MatMulNBits' order, which must be the numbers of the bundles and no others; graphs, which
 // ONNX Runtime must compute as the equations say; and the lint that keeps out what an NPU would not take.
-import { readFileSync } from 'node:fs';
+import { createHash } from 'node:crypto';
+import { cpSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
+import onnxProto from 'onnx-proto';
 import t, { type Test } from 'tap';
 import { Checkpoint } from '../converter/checkpoint/checkpoint.js';
 import { type ConvertOptions, convert } from '../converter/convert.js';
+import { checkGraphs } from '../converter/graph/check.js';
+import { lintGraph } from '../converter/graph/lint.js';
+import { makeGraph } from '../converter/graph/onnx.js';
 import { recipeFor } from '../converter/quantize/recipe.js';
 import { planExtents } from '../converter/steps/extents.js';
 import { cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
+import { loadAddon } from '../src/engine/addon.js';
 import { SKIPPED } from '../src/engine/contract.js';
+import { verifyModel } from '../src/engine/verify.js';
 import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
-import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
+import { type ModelDirectory, openModelDirectory, parseManifest } from '../src/format/model-directory.js';
 import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
 import { decodedWeights } from './support/decoded-weights.js';
-import type { CheckpointOptions } from './support/make-checkpoint.js';
+import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
 import { Random } from './support/numbers.js';
 import { writeRandomProfile } from './support/profiles.js';
@@ -211,7 +218,7 @@ t.test('the weights of a unit are the numbers of the bundles, in any order', asy
 });
 
 /** Runs every graph of a model on every bank, or on those given, and compares with the equations. */
-async function checkGraphs(t: Test, directory: string, only?: number[]): Promise<void> {
+async function runGraphs(t: Test, directory: string, only?: number[]): Promise<void> {
   if (!ort) return;
   const model = await openModelDirectory(directory);
   const { hyperparameters: h, npu } = model.manifest;
@@ -256,7 +263,7 @@ async function checkGraphs(t: Test, directory: string, only?: number[]): Promise
 
 t.test('ONNX Runtime computes every graph as the equations say', { skip: noRuntime }, async (t) => {
   for (const name of [...Object.keys(MODELS), ...Object.keys(ORDERED)]) {
-    await t.test(name, async (t) => checkGraphs(t, await modelOf(name)));
+    await t.test(name, async (t) => runGraphs(t, await modelOf(name)));
   }
 });
 
@@ -267,7 +274,7 @@ for (const name of SHARED_MODEL_NAMES) {
     await convertAgain(sharedModel(name) as string, { output });
     // The first bank and the last: that all are what the bundles say is tested above, in less time.
     const { hyperparameters: h } = (await openModelDirectory(output)).manifest;
-    await checkGraphs(t, output, [0, h.layer_count * expertCount(h) - 1]);
+    await runGraphs(t, output, [0, h.layer_count * expertCount(h) - 1]);
   });
 }
 
@@ -354,3 +361,223 @@ function readsTiles(load: Load): boolean {
     (isLast || load.columns % DOWN_TILE === 0)
   );
 }
+
+const { onnx } = onnxProto;
+type Model = onnxProto.onnx.ModelProto;
+
+/** The shape of a small model, for graphs that nobody runs. */
+const SHAPE = {
+  hidden_size: 64,
+  neuron_count: 200,
+  ffn: { gated: true, activation: 'drelu', threshold: 0, bias: false },
+} as Hyperparameters;
+const BESIDE = new Map([['weights.bin', bankLayout(SHAPE).bytes]]);
+
+/** What the lint says of a graph of two clusters, after a change to it. */
+function problemsOf(change: (model: Model) => void, beside = BESIDE): string[] {
+  const model = onnx.ModelProto.decode(makeGraph(SHAPE, { tokens: 2, clusters: 2 }));
+  change(model);
+  return lintGraph(onnx.ModelProto.encode(model).finish(), beside).problems;
+}
+
+const graphOf = (model: Model) => model.graph as onnxProto.onnx.GraphProto;
+const nodeOf = (model: Model, op: string) =>
+  graphOf(model).node.find(({ opType }) => opType === op) as onnxProto.onnx.INodeProto;
+const tensorOf = (model: Model, name: string) =>
+  graphOf(model).initializer.find((tensor) => tensor.name === name) as onnxProto.onnx.ITensorProto;
+const dimsOf = (model: Model) =>
+  graphOf(model).input[0].type?.tensorType?.shape?.dim as { dimParam?: string; dimValue?: number }[];
+
+function setAttribute(model: Model, name: string, i: number): void {
+  const attribute = nodeOf(model, 'MatMulNBits').attribute?.find((found) => found.name === name);
+  (attribute as onnxProto.onnx.IAttributeProto).i = i;
+}
+
+function setExternal(model: Model, key: string, value: string): void {
+  const entry = tensorOf(model, 'c0.gate.weights').externalData?.find((found) => found.key === key);
+  (entry as onnxProto.onnx.IStringStringEntryProto).value = value;
+}
+
+t.test('the lint takes what convert makes, and counts it', (t) => {
+  for (const activation of ['drelu', 'relu', 'silu', 'fatrelu'] as const) {
+    const h = { ...SHAPE, ffn: { ...SHAPE.ffn, activation, threshold: 0.1 } };
+    for (const shape of graphShapes(h.neuron_count)) {
+      const { problems, facts } = lintGraph(makeGraph(h, shape), BESIDE);
+      t.strictSame(problems, [], `${activation}, ${shape.tokens} tokens, ${shape.clusters} clusters`);
+      const { clusters } = bankLayout(h);
+      const parts = clusters.slice(0, shape.clusters).flatMap(({ gate, up, down }) => [gate as NpuMatrix, up, down]);
+      const weightBytes = parts.reduce((sum, { weights, scales }) => sum + weights.bytes + scales.bytes, 0);
+      t.match(facts, { tokens: shape.tokens, weightBytes });
+    }
+  }
+  t.strictSame(makeGraph(SHAPE, { tokens: 3, clusters: 1 }), makeGraph(SHAPE, { tokens: 3, clusters: 1 }));
+  t.end();
+});
+
+t.test('the lint refuses what an NPU would not take, by name', (t) => {
+  const cases: [string, (model: Model) => void, RegExp][] = [
+    ['a named dimension', (m) => (dimsOf(m)[0] = { dimParam: 'batch' }), /"x": dimension 0 is dynamic \("batch"\)/],
+    ['a dimension of no size', (m) => (dimsOf(m)[1] = {}), /"x": dimension 1 is dynamic/],
+    ['no shape', (m) => (graphOf(m).output[0].type = { tensorType: { elemType: 1 } }), /"y" has no shape/],
+    ['an unknown shape on the way', (m) => graphOf(m).valueInfo.shift(), /"sequence" has no shape/],
+    ['a foreign op', (m) => (nodeOf(m, 'Relu').opType = 'Softplus'), /foreign op "Softplus"/],
+    ['an op of the other domain', (m) => (nodeOf(m, 'Mul').domain = 'com.microsoft'), /foreign op "Mul"/],
+    ['a foreign domain', (m) => (nodeOf(m, 'Mul').domain = 'ai.evil'), /foreign domain "ai.evil"/],
+    ['a domain imported', (m) => m.opsetImport.push({ domain: '__proto__', version: 1 }), /domain "__proto__"/],
+    ['a newer opset', (m) => (m.opsetImport[0].version = 99), /version 99 of "", above 21/],
+    ['a newer format', (m) => (m.irVersion = 11), /IR version 11 is above 10/],
+    ['a foreign type', (m) => (tensorOf(m, 'c0.gate.scales').dataType = 11), /foreign type double/],
+    ['blocks of 64', (m) => setAttribute(m, 'block_size', 64), /"c0.gate" has blocks of 64 weights, not 32/],
+    ['8 bits', (m) => setAttribute(m, 'bits', 8), /"c0.gate" has weights of 8 bits, not 4/],
+    ['rows of no whole blocks', (m) => setAttribute(m, 'K', 63), /no whole blocks/],
+    ['zero points', (m) => nodeOf(m, 'MatMulNBits').input?.push('c0.gate.scales'), /not symmetric/],
+    ['a bias', (m) => nodeOf(m, 'MatMulNBits').input?.push('', '', 'c0.gate.scales'), /group index or a bias/],
+    [
+      'two dimensions',
+      (m) => (nodeOf(m, 'MatMulNBits').input as string[]).splice(0, 1, 'x'),
+      /multiplies 2 dimensions/,
+    ],
+    ['other sizes', (m) => setAttribute(m, 'N', 64), /its weights are uint8 \[128,2,16\], not uint8 \[64,2,16\]/],
+    ['a shape that is computed', (m) => (nodeOf(m, 'Reshape').input = ['x', 'x']), /a shape that is computed/],
+    ['attributes', (m) => (nodeOf(m, 'Relu').attribute = [{ name: 'then_branch', g: {} }]), /has attributes/],
+    [
+      'weights elsewhere',
+      (m) => setExternal(m, 'location', '../weights.bin'),
+      /leave the directory: "..\/weights.bin"/,
+    ],
+    ['weights anywhere', (m) => setExternal(m, 'location', '/etc/passwd'), /leave the directory/],
+    ['weights above', (m) => setExternal(m, 'location', '..'), /leave the directory/],
+    ['weights of another', (m) => setExternal(m, 'location', 'other.bin'), /"other.bin", which is not beside/],
+    ['weights beyond the end', (m) => setExternal(m, 'offset', '10000000'), /lie outside of weights.bin/],
+    ['weights of no place', (m) => setExternal(m, 'offset', '-64'), /lie outside of weights.bin/],
+    ['weights of another size', (m) => setExternal(m, 'length', '64'), /have 64 bytes, their shape takes 4096/],
+    ['an input that is not there', (m) => (nodeOf(m, 'Relu').input = ['ghost']), /reads "ghost", which is not there/],
+    ['a name twice', (m) => graphOf(m).initializer.push(tensorOf(m, 'c0.gate.scales')), /is there twice/],
+    ['an output that nobody makes', (m) => (graphOf(m).output[0].name = 'z'), /output "z" is not computed/],
+    ['two inputs', (m) => graphOf(m).input.push(graphOf(m).input[0]), /2 inputs and 1 outputs/],
+    ['no graph', (m) => (m.graph = null), /no graph/],
+    ['functions', (m) => m.functions.push({ name: 'f' }), /functions of its own/],
+  ];
+  for (const [name, change, message] of cases) {
+    const problems = problemsOf(change);
+    if (!problems.some((problem) => message.test(problem))) t.fail(`${name}: ${problems.join('; ')}`);
+  }
+  t.strictSame(
+    problemsOf(() => {}),
+    [],
+  );
+  const huge = { ...SHAPE, hidden_size: 65536, neuron_count: 65536 } as Hyperparameters;
+  const beside = new Map([['weights.bin', bankLayout(huge).bytes]]);
+  t.match(lintGraph(makeGraph(huge, { tokens: 1, clusters: 8 }), beside).problems, [
+    /bytes of weights, more than 2 GiB/,
+  ]);
+  t.strictSame(lintGraph(makeGraph(huge, { tokens: 1, clusters: 1 }), beside).problems, []);
+  t.match(lintGraph(new Uint8Array(2 ** 21), BESIDE).problems, [/more than any graph/]);
+  t.match(lintGraph(Buffer.from('{"graph": 1}'), BESIDE).problems, [/./]);
+  const many = problemsOf((m) => {
+    for (let i = 0; i < 100; i++) graphOf(m).node.push({ opType: 'Loop', name: `loop${i}` });
+  });
+  t.equal(many.length, 21, 'not more words than anybody reads');
+  t.equal(many.at(-1), 'and 80 more');
+  t.end();
+});
+
+t.test('whatever bytes a graph has, the lint says something or takes it', (t) => {
+  const bytes = makeGraph(SHAPE, { tokens: 1, clusters: 2 });
+  const change = fc.tuple(fc.nat(bytes.length - 1), fc.nat(255));
+  fc.assert(
+    fc.property(fc.array(change, { minLength: 1, maxLength: 8 }), fc.nat(bytes.length), (changes, length) => {
+      const damaged = bytes.slice(0, Math.max(length, bytes.length >> 1));
+      for (const [at, byte] of changes) damaged[at % damaged.length] = byte;
+      const { problems, facts } = lintGraph(damaged, BESIDE);
+      return problems.length > 0 === (facts === null);
+    }),
+    { numRuns: 2000 },
+  );
+  fc.assert(fc.property(fc.uint8Array({ maxLength: 200 }), (noise) => lintGraph(noise, BESIDE).problems.length > 0));
+  t.end();
+});
+
+t.test('verify finds what is wrong with weights, graphs and their manifest', async (t) => {
+  const good = await modelOf('opt');
+  const copies = { count: 0 };
+  const copyOf = () => {
+    const copy = join(scratch, `copy-${copies.count++}.pi2`);
+    cpSync(good, copy, { recursive: true });
+    return copy;
+  };
+  const verify = async (path: string) => {
+    const model = await openModelDirectory(path);
+    const wrong = await verifyModel(model, loadAddon(), { threads: 1, progress: () => {} });
+    const graphs = (await checkGraphs(model)).filter(({ problems }) => problems.length > 0);
+    return [...wrong, ...graphs].map(({ file, problems }) => `${file}: ${problems.join('; ')}`);
+  };
+  const damage = (file: string, at: number) => {
+    const bytes = readFileSync(file);
+    bytes[at] ^= 1;
+    writeFileSync(file, bytes);
+  };
+  t.strictSame(await verify(good), []);
+  let copy = copyOf();
+  damage(join(copy, 'npu/weights.bin'), 5000);
+  t.match(await verify(copy), [/^npu\/weights.bin: checksum is/]);
+  copy = copyOf();
+  damage(join(copy, 'npu/t2-c1.onnx'), 40);
+  t.match((await verify(copy))[0], /^npu\/t2-c1.onnx: sha256 is/);
+  copy = copyOf();
+  // Another graph of the model's, well made and registered, that names more weights than there are.
+  const graph = makeGraph(
+    { ...(await openModelDirectory(copy)).manifest.hyperparameters, hidden_size: 3200 },
+    { tokens: 1, clusters: 1 },
+  );
+  writeFileSync(join(copy, 'npu/t1-c1.onnx'), graph);
+  const edited = JSON.parse(readFileSync(join(copy, 'model.json'), 'utf8'));
+  edited.npu.graphs[0].bytes = graph.length;
+  edited.npu.graphs[0].sha256 = createHash('sha256').update(graph).digest('hex');
+  writeFileSync(join(copy, 'model.json'), JSON.stringify(edited));
+  t.match(await verify(copy), [/^npu\/t1-c1.onnx: .*lie outside of weights.bin/]);
+  copy = copyOf();
+  rmSync(join(copy, 'npu/t1-c2.onnx'));
+  await t.rejects(verify(copy), { code: 'E_MODEL', message: /not whole: npu\/t1-c2.onnx is missing/ });
+  copy = copyOf();
+  renameSync(join(copy, 'npu'), join(scratch, 'elsewhere'));
+  symlinkSync(join(scratch, 'elsewhere'), join(copy, 'npu'));
+  await t.rejects(verify(copy), { code: 'E_MODEL', message: /no folder npu/ });
+
+  const manifest = readFileSync(join(good, 'model.json'), 'utf8');
+  const cases: [(m: ReturnType<typeof JSON.parse>) => void, RegExp][] = [
+    [(m) => delete m.npu, /both or neither/],
+    [(m) => delete m.quantization.down_tiles, /both or neither/],
+    [(m) => (m.quantization.down_tiles = 64), /down_tiles/],
+    [(m) => (m.npu.cluster_neurons = 256), /cluster_neurons is 256, the model needs 128/],
+    [(m) => m.npu.graphs.pop(), /14 entries, the model needs 15/],
+    [(m) => m.npu.graphs.reverse(), /npu.graphs.0 is of 128 tokens/],
+    [(m) => (m.npu.graphs[3].bytes = 2 ** 30), /more than any graph/],
+    [(m) => (m.npu.graphs[3].sha256 = 'x'), /npu.graphs.3.sha256/],
+    [(m) => (m.npu.colour = 1), /colour/],
+    [(m) => m.extents.pop(), /extent layers.1.experts.0.npu is missing/],
+    [(m) => (m.extents.at(-1).bytes -= 64), /its clusters take/],
+    [(m) => (m.extents.at(-1).file = 'neurons.bin'), /is in neurons.bin/],
+  ];
+  for (const [change, message] of cases) {
+    const lie = JSON.parse(manifest);
+    change(lie);
+    t.throws(() => parseManifest(JSON.stringify(lie), 'model.json'), { code: 'E_MODEL', message });
+  }
+});
+
+t.test('what a unit cannot take is refused before anything is converted', async (t) => {
+  const path = await modelOf('drelu');
+  for (const quantization of ['q8', 'f16'] as const) {
+    await t.rejects(convertAgain(path, { quantization }), {
+      code: 'E_USAGE',
+      message: /--npu with --quant/,
+      hint: /q4/,
+    });
+  }
+  const odd = makeCheckpoint(join(scratch, 'odd'), { family: 'llama', hidden: 80, heads: 2 });
+  await t.rejects(convertAgain(`${odd}.pi2`), {
+    code: 'E_UNSUPPORTED',
+    message: /hidden size 80 is not a multiple of 32/,
+  });
+});
