@@ -73,20 +73,41 @@ bool KvCache::holds_past(size_t sequence, size_t position) const {
   return true;
 }
 
-/** Pages of the first group that a run takes, beyond those that it gives back. */
-size_t KvCache::pages_wanted(const Run& run) const {
+/** Pages of the first group that the runs take, beyond those that they give back first. */
+size_t KvCache::pages_wanted(const Run* runs, size_t count) const {
   const Group& group = groups_[0];
-  const Table& table = group.tables[run.sequence];
-  const size_t kept = pages_of(run.position);
+  const auto has = [&](const Run& run, size_t number, uint32_t page) {
+    const Table& table = group.tables[run.sequence];
+    return number < table.end && table.pages[number] == page;
+  };
+  size_t wanted = 0;
   size_t given_back = 0;
-  for (size_t number = kept; number < table.end; number++) given_back += group.references[table.pages[number]] == 1;
-  size_t wanted = pages_of(run.position + run.count) - kept;
-  if (run.position % kPagePositions != 0) wanted += group.references[table.pages[kept - 1]] > 1;
+  for (size_t i = 0; i < count; i++) {
+    const Run& run = runs[i];
+    const Table& table = group.tables[run.sequence];
+    const size_t kept = pages_of(run.position);
+    wanted += pages_of(run.position + run.count) - kept;
+    for (size_t number = kept; number < table.end; number++) {
+      size_t left = group.references[table.pages[number]];
+      for (size_t j = 0; j <= i; j++)
+        left -= has(runs[j], number, table.pages[number]) && number >= pages_of(runs[j].position);
+      given_back += left == 0;
+    }
+    if (run.position % kPagePositions == 0) continue;
+    // The page written into is copied if others have it still: those that neither gave it back nor made a copy before.
+    const uint32_t page = table.pages[kept - 1];
+    size_t left = group.references[page];
+    for (size_t j = 0; j < count; j++) {
+      const size_t other = pages_of(runs[j].position);
+      const bool copied = j < i && other == kept && runs[j].position % kPagePositions != 0;
+      left -= has(runs[j], kept - 1, page) && (other < kept || copied);
+    }
+    wanted += left > 1;
+  }
   return wanted > given_back ? wanted - given_back : 0;
 }
 
 Status KvCache::check(const Run* runs, size_t count) const {
-  size_t wanted = 0;
   for (size_t i = 0; i < count; i++) {
     const Run& run = runs[i];
     const std::string of_sequence = filled_.size() == 1 ? "" : " of sequence " + std::to_string(run.sequence);
@@ -101,8 +122,8 @@ Status KvCache::check(const Run* runs, size_t count) const {
       return Status::argument("the KV cache does not hold the positions before " + std::to_string(run.position) +
                               of_sequence);
     }
-    wanted += pages_wanted(run);
   }
+  const size_t wanted = pages_wanted(runs, count);
   if (wanted > groups_[0].free_pages) {
     return Status::argument("the KV cache is full: its positions are shared by all sequences, and the step takes " +
                             std::to_string(wanted) + " pages of " + std::to_string(kPagePositions) + " positions where " +

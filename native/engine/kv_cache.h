@@ -107,7 +107,7 @@ class KvCache {
   const Table& table_of(size_t group, size_t sequence) const { return groups_[group].tables[sequence]; }
   Status check_known(size_t sequence) const;
   bool holds_past(size_t sequence, size_t position) const;
-  size_t pages_wanted(const Run& run) const;
+  size_t pages_wanted(const Run* runs, size_t count) const;
   uint32_t take(Group& group, uint32_t after);
   static void drop(Group& group, uint32_t page);
   void copy_page(size_t group, uint32_t from, uint32_t to, size_t positions);
