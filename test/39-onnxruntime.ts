@@ -128,11 +128,11 @@ const REFUSED = [
 async function compare(t: Test, program: string, made: OnnxruntimeRequest, weights: typeof SMALL, tolerance: number) {
   const x = randomInputs(128 * made.hiddenSize);
   writeFileSync(join(scratch, 'x'), x);
-  const text = await outputOf(program, writeRequest(made, 'run'), 'run', join(scratch, 'x'), join(scratch, 'y'));
+  const text = await outputOf(program, writeRequest(made, 'run'), 'live', join(scratch, 'x'), join(scratch, 'y'));
   const sums = made.graphs.length * made.bankOffsets.length;
-  const refusals = REFUSED.map((words) => `refused: ${words}\n`).join('');
-  const provider = made.provider.name || 'cpu';
-  t.equal(text, `${refusals}onnxruntime 1.24.3, ${provider}: ${sums} sums\n`);
+  const lines = REFUSED.map((words) => `refused: ${words}`);
+  lines.splice(4, 0, `onnxruntime 1.24.3, ${made.provider.name || 'cpu'}: ${sums} sums`);
+  t.strictSame(text.trim().split('\n'), lines);
   const bytes = readFileSync(join(scratch, 'y'));
   const y = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
   let at = 0;
@@ -178,7 +178,7 @@ t.test('one node: a wrong place in the table would end the process', needsLibrar
   writeFileSync(join(scratch, 'x'), Float32Array.of(1, -2, 3, -4, 0.5));
   const file = writeRequest(one, 'one');
   const text = await outputOf((await programs)[0] as string, file, 'run', join(scratch, 'x'), join(scratch, 'y'));
-  t.match(text, /1 sums\n$/);
+  t.equal(text, 'onnxruntime 1.24.3, cpu: 1 sums\n');
   const bytes = readFileSync(join(scratch, 'y'));
   t.strictSame([...new Float32Array(bytes.buffer, bytes.byteOffset, 5)], [1, 0, 3, 0, 0.5]);
 });
@@ -345,11 +345,7 @@ t.test('device profiles', async (t) => {
     'libQnnHtpV75Skel.so',
   ];
   t.strictSame(providerFiles(profile), files);
-  t.match(providerFiles(openDeviceProfile('oneplus-ace-2')), [
-    '',
-    '',
-    '',
-    '',
+  t.strictSame(providerFiles(openDeviceProfile('oneplus-ace-2')).slice(4), [
     'libQnnHtpV69Stub.so',
     'libQnnHtpV69Skel.so',
   ]);
