@@ -70,6 +70,34 @@ export interface EncodeRowsRequest {
  */
 export interface EncodeColumnsRequest extends EncodeRowsRequest {
   firstElement: number;
+  /**
+   * q4 only: 32 vectors, from the first on, share the scale of each 32 of their elements. The first is a multiple of 32 in its
+   * expert; with `order` the vectors are 0 to some n - 1, each once. The last tile may be short.
+   */
+  tiles: boolean;
+}
+
+/** Where the weights and scales of a matrix begin in a cluster; native/quantize/cluster.h. */
+export interface PackedMatrix {
+  weights: number;
+  scales: number;
+}
+
+/** Neurons of a cluster that become weights of a dense unit, FORMAT.md section 7. */
+export interface PackClusterRequest {
+  /** q4 bundles of `layout`, from the beginning of a unit; the first neuron is in slot `slot` of it. */
+  units: Uint8Array;
+  layout: EngineRequest['layout'];
+  slot: number;
+  neurons: number;
+  /** The same and the zeros behind them: a multiple of 32. */
+  paddedNeurons: number;
+  /** Number of the first in its cluster, a multiple of 32. */
+  first: number;
+  /** The cluster's bytes, zero before the first call. `neurons` of it are a multiple of 32. */
+  target: Uint8Array;
+  parts: { gate?: PackedMatrix; up: PackedMatrix; down: PackedMatrix; neurons: number; hiddenSize: number };
+  threads: number;
 }
 
 /** A number that cannot be stored: NaN or infinite, or too large for f16. Row and column of the source as given. */
@@ -354,6 +382,8 @@ export interface NativeAddon {
   traceStages(): string[];
   encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
   encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
+  /** Packs neurons of a cluster for a dense unit. Rejects if Down has not one scale for each tile. */
+  packCluster(request: PackClusterRequest): Promise<void>;
   /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
   decodeRows(request: {
     source: Uint8Array;
