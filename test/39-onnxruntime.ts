@@ -7,6 +7,8 @@ import { join } from 'node:path';
 import { promisify } from 'node:util';
 import t, { type Test } from 'tap';
 import { Pi2Error } from '../src/base/error.js';
+import { openModelDirectory } from '../src/format/model-directory.js';
+import { type GraphShape, graphShapes, NPU_FOLDER } from '../src/format/npu.js';
 import {
   type DeviceProfile,
   listDeviceProfiles,
@@ -14,10 +16,16 @@ import {
   parseDeviceProfile,
   providerFiles,
 } from '../src/npu/device-profile.js';
-import type { GraphShape } from '../src/npu/graph-file.js';
 import { findOnnxruntime, ONNXRUNTIME_LIBRARY } from '../src/npu/onnxruntime-library.js';
-import { type DenseWeights, makeOnnxruntimeRequest, type OnnxruntimeRequest } from '../src/npu/onnxruntime-request.js';
+import {
+  type DenseWeights,
+  denseWeights,
+  makeOnnxruntimeRequest,
+  type OnnxruntimeRequest,
+} from '../src/npu/onnxruntime-request.js';
 import { computeDensely, type DenseGraphs, encodeModel, writeDenseGraphs } from './support/dense-graphs.js';
+import type { CheckpointOptions } from './support/make-checkpoint.js';
+import { makeModel } from './support/models.js';
 import { Random } from './support/numbers.js';
 import { REPOSITORY } from './support/shared.js';
 
@@ -84,10 +92,10 @@ async function outputOf(program: string, ...args: string[]): Promise<string> {
 const GRAPHS: DenseGraphs = { hidden: 96, clusterNeurons: 64, clusters: 3, banks: 2, tokens: [1, 2, 3, 4, 128] };
 const SHAPES: GraphShape[] = GRAPHS.tokens.flatMap((tokens) => [1, 2, 3].map((clusters) => ({ tokens, clusters })));
 
-function makeWeights(folder: string, options: DenseGraphs) {
-  const { banks, bankBytes } = writeDenseGraphs(folder, options);
+function makeWeights(directory: string, options: DenseGraphs) {
+  const { banks, bankBytes } = writeDenseGraphs(join(directory, NPU_FOLDER), options);
   const weights: DenseWeights = {
-    folder,
+    directory,
     bankOffsets: banks.map((_, i) => i * bankBytes),
     bankBytes,
     hiddenSize: options.hidden,
@@ -183,6 +191,47 @@ t.test('one node: a wrong place in the table would end the process', needsLibrar
   t.strictSame([...new Float32Array(bytes.buffer, bytes.byteOffset, 5)], [1, 0, 3, 0, 0.5]);
 });
 
+const MODELS: Record<string, CheckpointOptions> = {
+  moe: { family: 'turbosparsemixtral', hidden: 64, heads: 2, experts: 3, neurons: 50, layers: 2 },
+  opt: { family: 'opt', hidden: 160, heads: 5, neurons: 333, layers: 2, type: 'F16' },
+  fatrelu: { family: 'sparsellama', hidden: 320, heads: 5, neurons: 129, layers: 1 },
+};
+
+t.test('graphs of converted models give what the library gives by its own interface', needsLibrary, async (t) => {
+  const ort = await import('onnxruntime-node');
+  for (const [name, options] of Object.entries(MODELS)) {
+    const model = await openModelDirectory(await makeModel(join(scratch, name), options, 'q4', true));
+    const weights = denseWeights(model);
+    const made = await makeOnnxruntimeRequest(weights, graphShapes(model.manifest.hyperparameters.neuron_count), {});
+    const x = randomInputs(128 * made.hiddenSize);
+    writeFileSync(join(scratch, 'x'), x);
+    const file = writeRequest(made, name);
+    const text = await outputOf((await programs)[0] as string, file, 'run', join(scratch, 'x'), join(scratch, 'y'));
+    t.match(text, /^onnxruntime 1\.24\.3, cpu: \d+ sums\n$/);
+    const found = readFileSync(join(scratch, 'y'));
+    const bytes = readFileSync(made.weights);
+    let at = 0;
+    for (const { tokens, clusters, path } of made.graphs) {
+      for (const [bank, offset] of made.bankOffsets.entries()) {
+        const session = await ort.InferenceSession.create(path, {
+          externalData: [{ path: 'weights.bin', data: bytes.subarray(offset, offset + made.bankBytes) }],
+          ...{ intraOpNumThreads: 1, interOpNumThreads: 1 },
+        });
+        const input = new ort.Tensor('float32', x.slice(0, tokens * made.hiddenSize), [tokens, made.hiddenSize]);
+        const sums = (await session.run({ x: input })).y.data as Float32Array;
+        await session.release();
+        const expected = Buffer.from(sums.buffer, sums.byteOffset, sums.byteLength);
+        const same = expected.equals(found.subarray(at, at + expected.length));
+        t.ok(same, `${name}: ${tokens} tokens, ${clusters} clusters, bank ${bank}`);
+        at += expected.length;
+      }
+    }
+    t.equal(at, found.length);
+  }
+  const none = await openModelDirectory(await makeModel(join(scratch, 'none'), MODELS.moe, 'q4'));
+  t.throws(() => denseWeights(none), { code: 'E_NPU', message: /none.*has no graphs for ONNX Runtime$/ });
+});
+
 t.test('what it holds is no more than it promises', needsLibrary, async (t) => {
   const weights = makeWeights(join(scratch, 'large'), {
     hidden: 1024,
@@ -262,10 +311,10 @@ t.test('what cannot be opened is said in words', needsLibrary, async (t) => {
 });
 
 t.test('a graph file is looked through before anything is opened', async (t) => {
-  const folder = join(scratch, 'damaged');
-  mkdirSync(folder);
-  const file = join(folder, 't1-c1.onnx');
-  const weights = { ...SMALL.weights, folder };
+  const directory = join(scratch, 'damaged');
+  mkdirSync(join(directory, NPU_FOLDER), { recursive: true });
+  const file = join(directory, NPU_FOLDER, 't1-c1.onnx');
+  const weights = { ...SMALL.weights, directory };
   const read = () => makeOnnxruntimeRequest(weights, [{ tokens: 1, clusters: 1 }], {});
   const external = (changes: Record<string, string>, tensor: object = {}) => {
     const entries = { location: 'weights.bin', offset: '0', length: '32', ...changes };
@@ -303,7 +352,7 @@ t.test('the library is looked for', async (t) => {
     code: 'E_NPU',
     message: /none\.so is not there: ONNX Runtime cannot be loaded from it/,
   });
-  t.equal(findOnnxruntime(SMALL.weights.folder), SMALL.weights.folder, 'what is given is taken');
+  t.equal(findOnnxruntime(SMALL.weights.directory), SMALL.weights.directory, 'what is given is taken');
   t.match(library, new RegExp(`${ONNXRUNTIME_LIBRARY}$`));
 });
 
@@ -371,7 +420,7 @@ t.test('device profiles', async (t) => {
       vtcm_mb: '8',
     },
     sessionOptions: { 'session.disable_cpu_ep_fallback': '1' },
-    contexts: join(SMALL.weights.folder, 'contexts-sm8650'),
+    contexts: join(SMALL.weights.directory, NPU_FOLDER, 'contexts-sm8650'),
   });
   const nowhere = { code: 'E_NPU', message: /where ONNX Runtime is/ };
   await t.rejects(

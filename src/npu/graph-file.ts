@@ -2,12 +2,7 @@
 import { readFile, stat } from 'node:fs/promises';
 import type { onnx as Onnx } from 'onnx-proto';
 import { Pi2Error } from '../base/error.js';
-
-/** What a static graph is made for: so many tokens, and the first `clusters` clusters of a bank. */
-export interface GraphShape {
-  tokens: number;
-  clusters: number;
-}
+import { NPU_WEIGHTS_NAME } from '../format/npu.js';
 
 /** A tensor of a graph whose bytes are in the file of weights. */
 export interface GraphTensor {
@@ -29,21 +24,12 @@ const EXTERNAL = 1;
 
 const CONVERT_AGAIN = 'convert the checkpoint again with --npu';
 
-/** Name of the file of a graph. */
-export function graphFileName({ tokens, clusters }: GraphShape): string {
-  return `t${tokens}-c${clusters}.onnx`;
-}
-
 /**
- * The tensors of the graph in `file` that are in the file of weights, as it names them for the bank `bank`. Throws `Pi2Error`
+ * The tensors of the graph in `file` that are in the file of weights, as it names them for bank 0, which is `bank`. Throws `Pi2Error`
  * E_MODEL when the file is missing or no graph, when a tensor is in another file, and when its bytes are not those of its
  * shape or not the bank's.
  */
-export async function readGraph(
-  file: string,
-  weightsName: string,
-  bank: { offset: number; bytes: number },
-): Promise<GraphTensor[]> {
+export async function readGraph(file: string, bank: { offset: number; bytes: number }): Promise<GraphTensor[]> {
   const graph = await parseGraph(file);
   const tensors: GraphTensor[] = [];
   for (const tensor of graph.initializer ?? []) {
@@ -51,8 +37,8 @@ export async function readGraph(
     if (dataLocation !== EXTERNAL) continue;
     const entries = new Map((externalData ?? []).map(({ key, value }) => [key, value]));
     const where = `${file}: tensor ${JSON.stringify(name)}`;
-    if (!name || entries.get('location') !== weightsName) {
-      throw damaged(`${where} is in ${JSON.stringify(entries.get('location'))}; expected ${weightsName}`);
+    if (!name || entries.get('location') !== NPU_WEIGHTS_NAME) {
+      throw damaged(`${where} is in ${JSON.stringify(entries.get('location'))}; expected ${NPU_WEIGHTS_NAME}`);
     }
     const offset = Number(entries.get('offset')) - bank.offset;
     const bytes = Number(entries.get('length'));

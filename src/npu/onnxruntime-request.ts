@@ -1,12 +1,11 @@
 import path from 'node:path';
 import { Pi2Error } from '../base/error.js';
-import type { DeviceProfile } from './device-profile.js';
-import { requireProviderFiles } from './device-profile.js';
-import { type GraphShape, type GraphTensor, graphFileName, readGraph } from './graph-file.js';
+import { expertCount } from '../format/hyperparameters.js';
+import type { ModelDirectory } from '../format/model-directory.js';
+import { bankExtent, bankLayout, type GraphShape, graphFile, NPU_FOLDER, NPU_WEIGHTS_FILE } from '../format/npu.js';
+import { type DeviceProfile, requireProviderFiles } from './device-profile.js';
+import { type GraphTensor, readGraph } from './graph-file.js';
 import { findOnnxruntime } from './onnxruntime-library.js';
-
-/** File of the weights, beside the graphs. */
-const WEIGHTS_FILE = 'weights.bin';
 
 /** What the unit `onnxruntime` is opened with, as the addon takes it; native/npu/onnxruntime_config.h. */
 export interface OnnxruntimeRequest {
@@ -39,10 +38,10 @@ export interface OnnxruntimeProvider {
   contexts: string;
 }
 
-/** Graphs and weights of a model: `npu/` of its directory. */
+/** Graphs and weights that a dense unit is to compute. */
 export interface DenseWeights {
-  /** The folder that has graphs and weights. */
-  folder: string;
+  /** The directory whose `npu/` has them. */
+  directory: string;
   bankOffsets: readonly number[];
   bankBytes: number;
   hiddenSize: number;
@@ -58,6 +57,20 @@ export interface OnnxruntimePlaces {
 
 const CPU_PROVIDER: OnnxruntimeProvider = { name: '', library: '', options: {}, sessionOptions: {}, contexts: '' };
 
+/** What `convert --npu` made of a model. Throws `Pi2Error` E_NPU when the model has none. */
+export function denseWeights(model: ModelDirectory): DenseWeights {
+  const { hyperparameters: h, npu } = model.manifest;
+  const directory = model.path;
+  if (npu === undefined) {
+    const message = `${directory} has no graphs for ONNX Runtime`;
+    throw new Pi2Error('E_NPU', message, 'convert the checkpoint again with --npu, or take --npu host');
+  }
+  const experts = expertCount(h);
+  const banks = Array.from({ length: h.layer_count * experts }, (_, bank) => bank);
+  const bankOffsets = banks.map((bank) => model.extent(bankExtent(Math.floor(bank / experts), bank % experts)).offset);
+  return { directory, bankOffsets, bankBytes: bankLayout(h).bytes, hiddenSize: h.hidden_size };
+}
+
 /**
  * Reads the graphs of `shapes` and finds what computes them. Throws `Pi2Error`: E_MODEL when a graph is missing, damaged or
  * names bytes that no bank has; E_NPU when a library of the profile is missing.
@@ -68,21 +81,22 @@ export async function makeOnnxruntimeRequest(
   { library, profile }: OnnxruntimePlaces,
 ): Promise<OnnxruntimeRequest> {
   const found = findOnnxruntime(library);
-  const { folder, bankBytes, hiddenSize } = weights;
+  const { directory, bankBytes, hiddenSize } = weights;
   const bank = { offset: weights.bankOffsets[0], bytes: bankBytes };
   const graphs: OnnxruntimeGraph[] = [];
   for (const { tokens, clusters } of shapes) {
-    const file = path.join(folder, graphFileName({ tokens, clusters }));
-    graphs.push({ tokens, clusters, path: file, tensors: await readGraph(file, WEIGHTS_FILE, bank) });
+    const file = path.join(directory, graphFile({ tokens, clusters }));
+    graphs.push({ tokens, clusters, path: file, tensors: await readGraph(file, bank) });
   }
   return {
     library: found,
     graphs,
-    weights: path.join(folder, WEIGHTS_FILE),
+    weights: path.join(directory, NPU_WEIGHTS_FILE),
     bankOffsets: [...weights.bankOffsets],
     bankBytes,
     hiddenSize,
-    provider: profile?.provider === undefined ? CPU_PROVIDER : makeProvider(profile, found, folder),
+    provider:
+      profile?.provider === undefined ? CPU_PROVIDER : makeProvider(profile, found, path.join(directory, NPU_FOLDER)),
   };
 }
 
