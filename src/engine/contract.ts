@@ -268,8 +268,10 @@ export interface EngineRequest {
   /** 1 and 1 for a dense FFN. */
   expertCount: number;
   expertsPerToken: number;
-  /** Positions the KV cache holds. */
+  /** Positions the KV cache holds: of one sequence, and of all together, where what they share counts once. */
   contextLength: number;
+  /** Sequences that the KV cache holds at a time, numbered from 0. Default: 1. */
+  sequences?: number;
   threads: number;
   /** Absent: the best this CPU has. */
   kernelSet?: KernelSet;
@@ -288,11 +290,22 @@ export interface EngineRequest {
   traceRecords?: number;
 }
 
-export interface StepRequest {
-  /** Tokens of one sequence at positions `position`, `position + 1`, …; the KV cache below `position` must be filled. */
-  tokens: Int32Array;
+/**
+ * `count` tokens of one sequence at positions `position`, `position + 1`, …; below, it must be filled, and what it holds from
+ * there on is forgotten.
+ */
+export interface SequenceRun {
+  sequence: number;
   position: number;
-  /** Receives logits: of every token if `all`, else of the last. vocabSize floats for each. */
+  count: number;
+}
+
+export interface StepRequest {
+  /** Tokens of all runs, one run behind another. */
+  tokens: Int32Array;
+  /** At least one, each of another sequence. They are computed together, and each gets the bits that it gets alone. */
+  runs: readonly SequenceRun[];
+  /** Receives logits: of every token if `all`, else of the last of each run. vocabSize floats for each. */
   logits: Float32Array;
   all: boolean;
   /** Whether every neuron that fires is computed, though the engine has a predictor. Default: no. */
@@ -364,6 +377,13 @@ export interface Bandwidths {
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
+  /**
+   * Lets sequence `to`, which must be empty, go on from the first `positions` positions of `from`: both share them, nothing is
+   * copied. Between steps.
+   */
+  fork(request: { from: number; to: number; positions: number }): void;
+  /** Empties a sequence: what it did not share is free for others. Between steps. */
+  release(request: { sequence: number }): void;
   counters(): EngineCounters;
   /** What threads did since the last call: records as native/base/trace.h has them, and how many did not fit. */
   drainTrace(): NativeTrace;
