@@ -437,12 +437,13 @@ class ColumnPrefetch {
     constexpr size_t kShareBytes = kGroupBytes + kScaleBytes;
     const size_t weight_bytes = groups_ * kGroupBytes;
     const uint8_t* weights = column.weights + group_begin_ * kGroupBytes;
-    const uint8_t* scales = column.scales + group_begin_ * kScaleBytes - weight_bytes;
+    const uint8_t* scales = column.scales + group_begin_ * kScaleBytes;
     const size_t first = (kShareBytes * share_ + 63) / 64 * 64;
     const size_t last = (kShareBytes * (share_ + 1) - 1) / 64 * 64;
     for (size_t i = 0; i < kShareBytes; i += 64) {
       const size_t byte = first + i;
-      if (i + 64 <= kShareBytes || byte <= last) prefetch_line((byte < weight_bytes ? weights : scales) + byte);
+      if (i + 64 <= kShareBytes || byte <= last)
+        prefetch_line(byte < weight_bytes ? weights + byte : scales + (byte - weight_bytes));
     }
   }
 
