@@ -13,7 +13,7 @@ import { parseBytes } from '../src/base/bytes.js';
 import { parseInteger } from '../src/cli/options.js';
 import { loadAddon } from '../src/engine/addon.js';
 import { Engine } from '../src/engine/engine.js';
-import { cutWindows, measurePerplexity } from '../src/engine/evaluate.js';
+import { cutWindows, evaluateSequence, negativeLogLikelihood } from '../src/engine/evaluate.js';
 
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
@@ -56,6 +56,21 @@ const SCHEMES: readonly Scheme[] = [
   ),
 ];
 
+/** Memory for the logits of the float model that others are compared with: those of the first tokens. */
+const REFERENCE_BYTES_MAX = 128 * 1024 * 1024;
+
+/** Of one checkpoint in one of the ways. */
+interface Result {
+  checkpoint: string;
+  scheme: string;
+  perplexity: number;
+  /**
+   * How far the distribution of the next token is from that of the float model: the mean Kullback-Leibler divergence. Errors of weights
+   * move perplexity up or down, this only up: it tells ways apart that perplexity does not.
+   */
+  divergence: number;
+}
+
 /** `npm run bench:quantization`: perplexity of FFNs quantized in the ways that units take. */
 function buildProgram(): Command {
   const number = (flags: string, help: string, value: number) =>
@@ -75,15 +90,19 @@ function buildProgram(): Command {
 
 async function bench(flags: Flags): Promise<void> {
   const loadBefore = os.loadavg()[0];
-  const results: { checkpoint: string; scheme: string; perplexity: number }[] = [];
+  const results: Result[] = [];
   for (const checkpoint of flags.checkpoint) {
     const scratch = await mkdtemp(join(os.tmpdir(), 'powerinfer2-quantization-'));
     try {
       const moments = await calibrate(checkpoint, join(scratch, 'float.pi2'), flags);
+      const reference: Float32Array[] = [];
       for (const scheme of SCHEMES) {
-        const perplexity = await measure(checkpoint, join(scratch, 'quantized.pi2'), scheme, moments, flags);
-        log(`${basename(checkpoint)}, ${scheme.name}: ${perplexity.toFixed(4)}`);
-        results.push({ checkpoint: basename(checkpoint), scheme: scheme.name, perplexity });
+        const found = await measure(checkpoint, join(scratch, 'quantized.pi2'), scheme, moments, reference, flags);
+        const { perplexity, divergence } = found;
+        log(
+          `${basename(checkpoint)}, ${scheme.name}: ${perplexity.toFixed(4)}, ${(1000 * divergence).toFixed(2)} mnat`,
+        );
+        results.push({ checkpoint: basename(checkpoint), scheme: scheme.name, ...found });
       }
     } finally {
       await rm(scratch, { recursive: true, force: true });
@@ -98,11 +117,13 @@ async function bench(flags: Flags): Promise<void> {
   }
 }
 
-function cell(results: { checkpoint: string; scheme: string; perplexity: number }[], checkpoint: string, name: string) {
+function cell(results: readonly Result[], checkpoint: string, name: string): string {
   const of = (scheme: string) =>
-    results.find((found) => found.checkpoint === checkpoint && found.scheme === scheme)?.perplexity ?? Number.NaN;
-  const more = 100 * (of(name) / of(SCHEMES[0].name) - 1);
-  return name === SCHEMES[0].name ? of(name).toFixed(4) : `${of(name).toFixed(4)} (+${more.toFixed(2)} %)`;
+    results.find((found) => found.checkpoint === checkpoint && found.scheme === scheme) as Result;
+  const [float, { perplexity, divergence }] = [of(SCHEMES[0].name), of(name)];
+  if (name === SCHEMES[0].name) return perplexity.toFixed(4);
+  const more = 100 * (perplexity / float.perplexity - 1);
+  return `${perplexity.toFixed(4)} (+${more.toFixed(2)} %), ${(1000 * divergence).toFixed(2)}`;
 }
 
 /** What one bank's inputs and neurons were like on calibration text. */
@@ -168,14 +189,15 @@ async function calibrate(directory: string, output: string, { calibration, ctxSi
   return moments;
 }
 
-/** Perplexity of the checkpoint with its FFNs in one of the ways. */
+/** Runs the text through the checkpoint with its FFNs in one of the ways. The first, float, fills `reference` with logits. */
 async function measure(
   directory: string,
   output: string,
   scheme: Scheme,
   moments: readonly Moments[],
+  reference: Float32Array[],
   { file, ctxSize, tokens }: Flags,
-): Promise<number> {
+): Promise<Pick<Result, 'perplexity' | 'divergence'>> {
   await convertF16(async () => new QuantizedSource(await Checkpoint.open(directory), scheme, moments), output);
   const model = await openModelDirectory(output);
   const tokenizer = await TextTokenizer.open(model.tokenizerPaths);
@@ -183,10 +205,39 @@ async function measure(
   const engine = await Engine.open(model, { context: ctxSize, threads: os.availableParallelism() });
   try {
     const windows = cutWindows(tokens > 0 ? text.slice(0, tokens) : text, ctxSize, tokenizer.bosTokenId);
-    return (await measurePerplexity(engine, windows, () => {})).ppl;
+    const most = scheme.kind === 'float' ? REFERENCE_BYTES_MAX / (4 * engine.vocabSize) : reference.length;
+    let [nll, divergence, count] = [0, 0, 0];
+    for (const { inputs, targets } of windows) {
+      await evaluateSequence(engine, inputs, (rows, first) => {
+        for (let i = 0; i * engine.vocabSize < rows.length; i++) {
+          const row = rows.subarray(i * engine.vocabSize, (i + 1) * engine.vocabSize);
+          nll += negativeLogLikelihood(row, targets[first + i]);
+          if (count < most && scheme.kind === 'float') reference.push(row.slice());
+          if (count < most) divergence += divergenceOf(reference[count], row);
+          count++;
+        }
+      });
+    }
+    return { perplexity: Math.exp(nll / count), divergence: divergence / Math.min(count, most) };
   } finally {
     await engine.close();
   }
+}
+
+/** Of the distribution of `found` from that of `wanted`, both logits; in nats. */
+function divergenceOf(wanted: Float32Array, found: Float32Array): number {
+  const [p, q] = [logSum(wanted), logSum(found)];
+  let sum = 0;
+  for (let i = 0; i < wanted.length; i++) sum += Math.exp(wanted[i] - p) * (wanted[i] - p - found[i] + q);
+  return sum;
+}
+
+function logSum(logits: Float32Array): number {
+  let largest = Number.NEGATIVE_INFINITY;
+  for (const logit of logits) largest = Math.max(largest, logit);
+  let sum = 0;
+  for (const logit of logits) sum += Math.exp(logit - largest);
+  return largest + Math.log(sum);
 }
 
 async function convertF16(open: () => Promise<TensorSource>, output: string): Promise<void> {
