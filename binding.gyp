@@ -18,7 +18,7 @@
       "target_name": "core",
       "type": "static_library",
       "sources": [
-        "<!@(ls native/base/*.cc native/storage/*.cc native/cache/*.cc native/engine/*.cc native/predictor/*.cc | grep -v _test.cc)",
+        "<!@(ls native/base/*.cc native/storage/*.cc native/cache/*.cc native/engine/*.cc native/npu/*.cc native/predictor/*.cc | grep -v _test.cc)",
         "native/kernels/dispatch.cc",
       ],
     },

@@ -53,7 +53,7 @@ const ENGINE = [
     'base/thread_pool',
     'quantize/encode',
   ],
-  ...['cache', 'engine', 'storage'].flatMap((folder) =>
+  ...['cache', 'engine', 'npu', 'storage'].flatMap((folder) =>
     readdirSync(join(REPOSITORY, 'native', folder))
       .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))
       .map((name) => `${folder}/${basename(name, '.cc')}`),

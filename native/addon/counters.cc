@@ -21,6 +21,7 @@ Napi::Object counters_object(Napi::Env env, const Engine& engine) {
   set("weightBytes", c.weight_bytes);
   set("kvBytes", c.kv_bytes);
   set("scratchBytes", c.scratch_bytes);
+  set("unitBytes", c.unit_bytes);
   rusage usage;
   set("majorFaults", getrusage(RUSAGE_SELF, &usage) == 0 ? static_cast<uint64_t>(usage.ru_majflt) : 0);
   if (const Predictor* predictor = engine.predictor()) {
@@ -32,6 +33,20 @@ Napi::Object counters_object(Napi::Env env, const Engine& engine) {
     set_in(guesses, "chosen", p.chosen);
     set_in(guesses, "skippedOnFlash", p.skipped_on_flash);
     object.Set("predictor", guesses);
+  }
+  if (const HybridExperts* hybrid = engine.hybrid()) {
+    const UnitCounters u = hybrid->unit_counters();
+    Napi::Object unit = Napi::Object::New(env);
+    set_in(unit, "jobs", u.jobs);
+    set_in(unit, "activations", u.activations);
+    set_in(unit, "neurons", u.neurons);
+    set_in(unit, "weightBytesRead", u.weight_bytes_read);
+    set_in(unit, "jobNs", u.job_ns);
+    set_in(unit, "cpuNs", u.cpu_ns);
+    set_in(unit, "waitNs", u.wait_ns);
+    set_in(unit, "busyNs", u.busy_ns);
+    unit.Set("name", Napi::String::New(env, hybrid->unit().name()));
+    object.Set("unit", unit);
   }
   if (const StreamedExperts* streamed = engine.streamed()) {
     const StreamCounters& s = streamed->stream_counters();

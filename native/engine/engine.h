@@ -16,6 +16,7 @@
 #include "native/engine/config.h"
 #include "native/engine/experts.h"
 #include "native/engine/ffn.h"
+#include "native/engine/hybrid_experts.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/predictor.h"
 #include "native/engine/sum_order.h"
@@ -35,6 +36,7 @@ struct EngineCounters {
   size_t weight_bytes;
   size_t kv_bytes;
   size_t scratch_bytes;
+  size_t unit_bytes;
 };
 
 /** Bytes that an engine takes, each the number that its counters show once it is open. */
@@ -42,6 +44,7 @@ struct EngineMemory {
   size_t weight_bytes = 0;
   size_t kv_bytes = 0;
   size_t scratch_bytes = 0;
+  size_t unit_bytes = 0;
   /** Only while it opens. */
   size_t load_bytes = 0;
 };
@@ -78,6 +81,11 @@ class Engine {
               FiringRecord record);
 
   /**
+   * Another schedule of the dense unit, within its most clusters: loads what it needs and waits for it. Between steps.
+   */
+  Status set_unit_schedule(const UnitConfig::Schedule& clusters);
+
+  /**
    * What memory and flash give at best, measured on what is open: the engine's own weights, read by its own threads, and
    * reads of `flash_read_bytes` bytes (0: flash is left alone). Between steps; changes nothing.
    */
@@ -98,10 +106,13 @@ class Engine {
   Trace* trace() { return trace_ ? &*trace_ : nullptr; }
   /** The experts, if they are streamed, else null. */
   const StreamedExperts* streamed() const { return streamed_; }
+  /** Experts and the dense unit, if there is one, else null. */
+  const HybridExperts* hybrid() const { return hybrid_ ? &*hybrid_ : nullptr; }
 
  private:
   explicit Engine(EngineConfig config) : config_(std::move(config)) {}
   Status allocate();
+  Status open_unit();
   void embed(const int32_t* tokens, size_t count, size_t position);
   /** x = norm(hidden) for each token, in both forms. */
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
@@ -128,6 +139,8 @@ class Engine {
   Attention attention_;
   std::unique_ptr<Experts> experts_;
   StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
+  std::unique_ptr<DenseUnit> unit_;      // null: there is none
+  std::optional<HybridExperts> hybrid_;  // experts_ and the unit
   Predictor predictor_;
   SumOrder order_;
   Ffn ffn_;

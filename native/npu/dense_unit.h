@@ -10,6 +10,7 @@
  * Threads: one caller at a time. Between `start` and `finish` the unit computes on threads of its own.
  */
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "native/base/status.h"
@@ -47,7 +48,8 @@ class DenseUnit {
   virtual Status activate(GraphShape shape) = 0;
   virtual GraphShape active() const = 0;
 
-  /** The memory window: inputs (token, hidden), to be filled before `start`, and sums (token, hidden), there after `finish`. */
+  /** The memory window: inputs (token, hidden), to be filled before `start`, and sums (token, hidden), there after `finish`.
+   */
   virtual float* inputs() = 0;
   virtual const float* sums() const = 0;
 
@@ -62,6 +64,8 @@ class DenseUnit {
 
   /** Bytes that the unit holds beside the engine's own. */
   virtual size_t bytes() const = 0;
+  /** Time that it computed since it was opened; 0 where that is not known. Between `finish` and `start`. */
+  virtual uint64_t busy_ns() const { return 0; }
 };
 
 }  // namespace pi2

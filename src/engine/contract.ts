@@ -157,6 +157,24 @@ export interface PredictorRequest {
   flashFrom?: number;
 }
 
+/**
+ * A dense unit that computes the first clusters of each bank, while the CPU computes the neurons behind them;
+ * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters have.
+ */
+export interface UnitRequest {
+  kind: 'host';
+  /** Cores that it takes from `EngineRequest.threads` while it computes. */
+  threads: number;
+  /** Neurons of a cluster, a multiple of 128; the last one of a bank may have fewer. */
+  clusterNeurons: number;
+  /** No schedule has more. */
+  mostClusters: number;
+  /** Clusters that are the unit's, of 1, 2, 3 and 4 tokens computed together, and of a chunk of a prompt. */
+  clusters: number[];
+  /** Trouble that tests ask for: the job of the unit that fails, numbered from 1. */
+  failJob?: number;
+}
+
 /** Sizes of the predictor of one bank, and its numbers. */
 export interface PredictorNumbers {
   hiddenSize: number;
@@ -193,6 +211,7 @@ export interface EngineMemory {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  unitBytes: number;
   loadBytes: number;
 }
 
@@ -251,6 +270,8 @@ export interface EngineRequest {
   stream?: StreamRequest;
   /** Absent: every gate is computed. */
   predictor?: PredictorRequest;
+  /** Absent: the CPU computes every neuron. Steps that record what fires are the CPU's alone in any case. */
+  unit?: UnitRequest;
   /**
    * Both files are mapped and every neuron is computed: what is in memory is the page cache's choice. Without `stream` and
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
@@ -344,6 +365,8 @@ export interface NativeEngine {
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
    */
   measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
+  /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
+  setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }

@@ -9,6 +9,7 @@ import type { Bandwidths, EngineRequest, KernelSet, NativeAddon, NativeEngine, N
 import type { EngineCounters } from './counters.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
+import { type NpuChoice, type UnitUse, unitUse } from './unit-request.js';
 
 export interface EngineOptions {
   /** Positions of the KV cache; 0 takes the model's context length. */
@@ -26,6 +27,10 @@ export interface EngineOptions {
   verifyReads?: boolean;
   /** Computes every neuron that fires, as if the model had no predictor. */
   exact?: boolean;
+  /** What computes the hottest neurons beside the CPU. Default `auto`. */
+  npu?: NpuChoice;
+  /** Share of the neurons that this unit computes, 0 to 1. Default: what is estimated to be fastest. */
+  hotRatio?: number;
   /** Steps of streaming that are taken away, to measure what they bring. */
   ablate?: readonly Ablation[];
   /** Records of each thread's trace; absent: nothing is traced. */
@@ -113,6 +118,8 @@ export class Engine implements StepEngine {
   readonly operatingPoint: OperatingPoint | null;
   /** Why the model's predictor is not used, though nobody asked for exact mode; else null. */
   readonly notice: string | null;
+  /** The dense unit; null when the CPU computes everything. */
+  readonly unit: UnitUse | null;
   /** What computes, and the steps of streaming that were taken away. */
   readonly name: EngineName;
   readonly ablated: readonly Ablation[];
@@ -122,7 +129,7 @@ export class Engine implements StepEngine {
 
   private constructor(
     native: NativeEngine,
-    { request, budgetBytes, operatingPoint, notice }: PlannedRequest,
+    { request, budgetBytes, operatingPoint, wantedUnit, notice }: PlannedRequest,
     { engine = 'pi2', ablate = [] }: EngineOptions,
     cpuFeatures: readonly string[],
     loadMs: number,
@@ -132,7 +139,9 @@ export class Engine implements StepEngine {
     this.name = engine;
     this.ablated = ablate;
     this.budgetBytes = budgetBytes;
-    this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
+    const counters = native.counters();
+    this.unit = unitUse(wantedUnit, request, counters.unit?.name ?? '');
+    this.storage = counters.stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
     this.regions = regionsOf(request);
     this.operatingPoint = operatingPoint;
