@@ -70,4 +70,28 @@ Napi::Object counters_object(Napi::Env env, const Engine& engine) {
   return object;
 }
 
+Napi::Object unit_times_object(Napi::Env env, const UnitTimes& times) {
+  Napi::Object object = Napi::Object::New(env);
+  Napi::Array graphs = Napi::Array::New(env);
+  for (uint32_t graph = 0; graph < UnitTimes::kGraphs; graph++) {
+    Napi::Array jobs = Napi::Array::New(env);
+    for (const double ns : times.unit[graph]) jobs.Set(jobs.Length(), Napi::Number::New(env, ns));
+    graphs.Set(graph, jobs);
+  }
+  object.Set("unit", graphs);
+  const auto set = [&](const char* name, const std::array<UnitTimes::Cpu, UnitTimes::kGraphs>& cpu) {
+    Napi::Array neurons = Napi::Array::New(env);
+    for (const UnitTimes::Cpu& neuron : cpu) {
+      Napi::Object one = Napi::Object::New(env);
+      one.Set("lookNs", Napi::Number::New(env, neuron.look_ns));
+      one.Set("fireNs", Napi::Number::New(env, neuron.fire_ns));
+      neurons.Set(neurons.Length(), one);
+    }
+    object.Set(name, neurons);
+  };
+  set("alone", times.alone);
+  set("beside", times.beside);
+  return object;
+}
+
 }  // namespace pi2

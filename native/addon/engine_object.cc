@@ -35,6 +35,7 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
          InstanceMethod<&EngineObject::counters>("counters"),
          InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
          InstanceMethod<&EngineObject::set_unit_schedule>("setUnitSchedule"),
+         InstanceMethod<&EngineObject::measure_unit>("measureUnit"),
          InstanceMethod<&EngineObject::drain_trace>("drainTrace"), InstanceMethod<&EngineObject::close>("close")});
   }
 
@@ -150,16 +151,11 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     Fields fields(info[0]);
     const size_t flash_read_bytes = fields.size("flashReadBytes");
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
-    if (closed_) return Task::refuse(env, closed());
-    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
     auto found = std::make_shared<Bandwidths>();
-    return Task::run(
-        env, {},
-        [shared = shared_, flash_read_bytes, found] {
-          const std::lock_guard<std::mutex> lock(shared->lock);
-          *found = shared->engine->measure_bandwidths(flash_read_bytes);
-          shared->busy.store(false);
-          shared->busy.notify_all();
+    return between_steps(
+        env,
+        [flash_read_bytes, found](Engine& engine) {
+          *found = engine.measure_bandwidths(flash_read_bytes);
           return Status::ok();
         },
         [found](Napi::Env e) {
@@ -171,22 +167,20 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         });
   }
 
+  Napi::Value measure_unit(const Napi::CallbackInfo& info) {
+    auto times = std::make_shared<UnitTimes>();
+    return between_steps(
+        info.Env(), [times](Engine& engine) { return engine.measure_unit(times.get()); },
+        [times](Napi::Env e) { return unit_times_object(e, *times); });
+  }
+
   Napi::Value set_unit_schedule(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
     Fields fields(info[0]);
     const UnitConfig::Schedule clusters = read_unit_schedule(fields);
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
-    if (closed_) return Task::refuse(env, closed());
-    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
-    return Task::run(
-        env, {},
-        [shared = shared_, clusters] {
-          const std::lock_guard<std::mutex> lock(shared->lock);
-          Status status = shared->engine->set_unit_schedule(clusters);
-          shared->busy.store(false);
-          shared->busy.notify_all();
-          return status;
-        },
+    return between_steps(
+        env, [clusters](Engine& engine) { return engine.set_unit_schedule(clusters); },
         [](Napi::Env e) { return e.Undefined(); });
   }
 
@@ -208,6 +202,23 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           return Status::ok();
         },
         [](Napi::Env e) { return e.Undefined(); });
+  }
+
+  /** A promise of result(), once work(engine) is done off the JavaScript thread; refused while a step runs. */
+  template <class Work, class Result>
+  Napi::Value between_steps(Napi::Env env, Work work, Result result) {
+    if (closed_) return Task::refuse(env, closed());
+    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
+    return Task::run(
+        env, {},
+        [shared = shared_, work] {
+          const std::lock_guard<std::mutex> lock(shared->lock);
+          Status status = work(*shared->engine);
+          shared->busy.store(false);
+          shared->busy.notify_all();
+          return status;
+        },
+        result);
   }
 
   /** Whether the engine is closed; then that is thrown. */

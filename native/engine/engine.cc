@@ -190,19 +190,24 @@ Status Engine::allocate() {
 Status Engine::open_unit() {
   const UnitConfig& unit = config_.unit;
   if (!unit.enabled()) return Status::ok();
-  std::vector<HotRows> banks;
   for (size_t bank = 0; bank < config_.expert_offsets.size(); bank++) {
     const LayerWeights& layer = weights_.layers[bank / config_.expert_count];
     HotRows rows =
         streamed_ != nullptr ? streamed_->hot_rows(bank) : resident_rows(layer.experts[bank % config_.expert_count]);
     rows.bias = layer.up_bias.exists() ? layer.up_bias.floats() : nullptr;
-    banks.push_back(rows);
+    hot_rows_.push_back(rows);
   }
-  Status status = HostUnit::open(config_, *kernels_, std::move(banks), &unit_);
+  Status status = HostUnit::open(config_, *kernels_, hot_rows_, &unit_);
   if (!status.is_ok()) return status;
   if (unit.fail_job > 0) unit_ = std::make_unique<FaultyUnit>(std::move(unit_), unit.fail_job);
   hybrid_.emplace(config_, *pool_, *experts_, *unit_);
   return set_unit_schedule(unit.clusters);
+}
+
+Status Engine::measure_unit(UnitTimes* times) {
+  if (!hybrid_) return Status::argument("the engine has no dense unit");
+  Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
+  return measure_unit_times(config_, *kernels_, *pool_, hot_rows_, weights_.layers, predictor, *unit_, times);
 }
 
 Status Engine::set_unit_schedule(const UnitConfig::Schedule& clusters) {

@@ -20,6 +20,7 @@
 #include "native/engine/kv_cache.h"
 #include "native/engine/predictor.h"
 #include "native/engine/sum_order.h"
+#include "native/engine/unit_times.h"
 #include "native/engine/weights.h"
 
 namespace pi2 {
@@ -80,6 +81,8 @@ class Engine {
   Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact, bool prompt,
               FiringRecord record);
 
+  /** What the dense unit and the CPU take for the same neurons. Before the first step. */
+  Status measure_unit(UnitTimes* times);
   /**
    * Another schedule of the dense unit, within its most clusters: loads what it needs and waits for it. Between steps.
    */
@@ -139,6 +142,7 @@ class Engine {
   Attention attention_;
   std::unique_ptr<Experts> experts_;
   StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
+  std::vector<HotRows> hot_rows_;        // (bank): only with a dense unit
   std::unique_ptr<DenseUnit> unit_;      // null: there is none
   std::optional<HybridExperts> hybrid_;  // experts_ and the unit
   Predictor predictor_;

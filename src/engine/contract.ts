@@ -353,6 +353,21 @@ export interface Bandwidths {
   flash: number | null;
 }
 
+/** Nanoseconds of a neuron on the CPU: to find out whether it fires, and beyond that if it does. */
+export interface NeuronTimes {
+  lookNs: number;
+  fireNs: number;
+}
+
+/** Each for 1, 2, 3 and 4 tokens and for a chunk of a prompt. */
+export interface UnitTimes {
+  /** Nanoseconds that the unit takes for a job of 1, 2, … clusters; empty where so many tokens are never computed together. */
+  unit: number[][];
+  /** With all threads, and with those that are left beside the unit. */
+  alone: NeuronTimes[];
+  beside: NeuronTimes[];
+}
+
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
@@ -365,6 +380,8 @@ export interface NativeEngine {
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
    */
   measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
+  /** What unit and CPU take for the same neurons, in some tens of milliseconds. Before the first step. */
+  measureUnit(): Promise<UnitTimes>;
   /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
   setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
