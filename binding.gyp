@@ -11,7 +11,7 @@
     {
       "target_name": "quantize",
       "type": "static_library",
-      "sources": ["native/quantize/encode.cc"],
+      "sources": ["native/quantize/encode.cc", "native/quantize/cluster.cc"],
       "cflags_cc": ["-ffp-contract=off"],
     },
     {

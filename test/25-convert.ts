@@ -237,8 +237,9 @@ async function checkModel(t: Test, checkpointDirectory: string, directory: strin
     'resident.bin': readFileSync(join(directory, 'resident.bin')),
     'neurons.bin': readFileSync(join(directory, 'neurons.bin')),
     'predictor.bin': manifest.predictor ? readFileSync(join(directory, 'predictor.bin')) : Buffer.alloc(0),
+    'npu/weights.bin': manifest.npu ? readFileSync(join(directory, 'npu/weights.bin')) : Buffer.alloc(0),
   };
-  const ends = { 'resident.bin': 0, 'neurons.bin': 0, 'predictor.bin': 0 };
+  const ends = { 'resident.bin': 0, 'neurons.bin': 0, 'predictor.bin': 0, 'npu/weights.bin': 0 };
   const extents = new Map(manifest.extents.map((extent) => [extent.name, extent]));
   const bytesOf = (name: string) => {
     const { file, offset, bytes } = extents.get(name)!;

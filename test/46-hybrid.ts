@@ -11,6 +11,7 @@ import { openModelDirectory } from '../src/format/model-directory.js';
 import { clusterCount, clusterEnd } from '../src/plan/hot-ratio.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { MODEL_VOCABULARY, makeModel } from './support/models.js';
+import { oneRun } from './support/one-run.js';
 import { randomPredictor } from './support/predictor.js';
 
 const addon = loadAddon();
@@ -51,8 +52,7 @@ async function run(
       const logits = new Float32Array(length * request.vocabSize);
       const before = engine.counters().unit?.neurons ?? 0;
       await engine.step({
-        tokens,
-        position,
+        ...oneRun(tokens, position),
         logits,
         all: true,
         ...options,
@@ -171,7 +171,7 @@ t.test('a scripted pattern of tokens: each step has the ratio of its tokens, and
   ]) {
     const before = engine.counters().unit?.activations as number;
     const logits = new Float32Array(request.vocabSize);
-    await engine.step({ tokens: Int32Array.from(TOKENS.slice(0, tokens)), position, logits, all: false });
+    await engine.step({ ...oneRun(Int32Array.from(TOKENS.slice(0, tokens)), position), logits, all: false });
     t.equal(
       (engine.counters().unit?.activations as number) - before,
       changes,
@@ -182,8 +182,7 @@ t.test('a scripted pattern of tokens: each step has the ratio of its tokens, and
   const before = engine.counters().unit;
   const fired = new Uint8Array(request.layerCount * Math.ceil(request.neuronCount / 8));
   await engine.step({
-    tokens: Int32Array.of(1),
-    position,
+    ...oneRun(Int32Array.of(1), position),
     logits: new Float32Array(request.vocabSize),
     all: false,
     fired,
@@ -310,7 +309,7 @@ t.test('a read or the unit that fails ends the step with words; the next step is
     const tokens = Int32Array.from(TOKENS.slice(0, 4));
     const stepOf = async (engine: NativeEngine) => {
       const logits = new Float32Array(request.vocabSize);
-      await engine.step({ tokens, position: 0, logits, all: false });
+      await engine.step({ ...oneRun(tokens, 0), logits, all: false });
       return logits;
     };
     const sound = await addon.openEngine({ ...request, unit });

@@ -10,19 +10,6 @@ namespace {
 
 const double kLargest = 9007199254740991.0;
 
-/** Calls read(element) for each object of an array. */
-template <class Read>
-void each(Fields& fields, const char* name, const Read& read) {
-  const Napi::Value value = fields.value(name);
-  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
-  const Napi::Array array = value.As<Napi::Array>();
-  for (uint32_t i = 0; i < array.Length(); i++) {
-    Fields element(array.Get(i));
-    read(element);
-    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
-  }
-}
-
 /** Extents of two files, or of a predictor's own. */
 void read_extents(Fields& fields, bool of_predictor, std::vector<ExtentConfig>* extents) {
   each(fields, "extents", [&](Fields& e) {
@@ -178,6 +165,7 @@ EngineConfig read_engine_config(Fields& fields) {
   config.expert_count = fields.size("expertCount");
   config.experts_per_token = fields.size("expertsPerToken");
   config.context_length = fields.size("contextLength");
+  config.sequences = fields.size_or("sequences", 1);
   config.threads = fields.size("threads");
   if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
   config.batch_size = fields.size("batchSize");

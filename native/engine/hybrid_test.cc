@@ -29,8 +29,9 @@ std::vector<float> compute(const EngineConfig& config) {
   std::vector<float> logits(kTokens * config.vocab_size);
   size_t at = 0;
   for (const size_t count : kSteps) {
-    const Status status = engine->step(tokens + at, count, at, logits.data() + at * config.vocab_size, true, false,
-                                       count > kSmallBatches, FiringRecord{});
+    const Run run{0, at, count};
+    const StepInput input{tokens + at, &run, 1, true, false, count > kSmallBatches};
+    const Status status = engine->step(input, logits.data() + at * config.vocab_size, FiringRecord{});
     require(status.is_ok(), status.message());
     at += count;
   }
