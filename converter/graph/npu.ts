@@ -3,7 +3,15 @@ import { Pi2Error } from '../../src/base/error.js';
 import { BLOCK } from '../../src/format/encoding.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
 import type { NpuEntry, QuantizationName } from '../../src/format/manifest.js';
-import { clusterNeurons, graphFile, graphShapes, NPU_FOLDER, NPU_WEIGHTS_FILE } from '../../src/format/npu.js';
+import {
+  clusterNeurons,
+  type GraphShape,
+  graphFile,
+  graphShapes,
+  NPU_FOLDER,
+  NPU_WEIGHTS_FILE,
+  NPU_WEIGHTS_NAME,
+} from '../../src/format/npu.js';
 import type { Plan } from '../steps/extents.js';
 import { type Output, OutputFile, writeSynced } from '../write/output.js';
 import { type PackShop, packWeights } from './pack.js';
@@ -40,11 +48,21 @@ export async function makeNpu(plan: Plan, h: Hyperparameters, output: Output, sh
   }
   // Takes a while to import: only who makes graphs pays for it.
   const { makeGraph } = await import('./onnx.js');
+  const { lintGraph } = await import('./lint.js');
+  const neighbours = new Map([[NPU_WEIGHTS_NAME, plan.npuBytes]]);
   const graphs: NpuEntry['graphs'] = [];
   for (const shape of graphShapes(h.neuron_count)) {
     const bytes = makeGraph(h, shape);
+    const { problems } = lintGraph(bytes, neighbours);
+    if (problems.length > 0) throw notForUnits(shape, problems);
     await writeSynced(output.partial(graphFile(shape)), bytes);
     graphs.push({ ...shape, bytes: bytes.length, sha256: createHash('sha256').update(bytes).digest('hex') });
   }
   return { cluster_neurons: clusterNeurons(h.neuron_count), graphs };
+}
+
+/** A model may be too large for a unit: its graphs name more weights than can be loaded at once. */
+function notForUnits(shape: GraphShape, problems: string[]): Pi2Error {
+  const what = `--npu: a dense unit would not take the graph ${graphFile(shape)}: ${problems.join('; ')}`;
+  return new Pi2Error('E_UNSUPPORTED', what, 'convert without --npu');
 }

@@ -267,9 +267,10 @@ function resultObject(result: ConvertResult): object {
 function describe(result: ConvertResult): string[] {
   const { bitsPerWeight: bits } = result;
   const head = bits.head === null ? 'the embedding is the head' : `head ${bits.head}`;
+  const unit = result.npuBytes > 0 ? `, ${formatBytes(result.npuBytes)} for a dense unit` : '';
   const rate = formatBytes(Math.round(result.sourceBytesPerSecond));
   const lines = [
-    `made ${result.output}: ${formatBytes(result.bytes)}, ${formatBytes(result.residentBytes)} resident and ${formatBytes(result.neuronsBytes)} neurons`,
+    `made ${result.output}: ${formatBytes(result.bytes)}, ${formatBytes(result.residentBytes)} resident and ${formatBytes(result.neuronsBytes)} neurons${unit}`,
     `bits per weight: ffn ${bits.ffn}, attention ${bits.attention}, embedding ${bits.embedding}, ${head}; all ${bits.total}`,
     `took ${formatDuration(result.seconds)} (${rate}/s of the checkpoint), peak memory ${formatBytes(result.peakMemoryBytes)}`,
   ];
