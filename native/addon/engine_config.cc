@@ -4,6 +4,7 @@
 
 #include "native/addon/cache_calls.h"
 #include "native/addon/converter_calls.h"
+#include "native/addon/onnxruntime_config.h"
 
 namespace pi2 {
 namespace {
@@ -89,8 +90,12 @@ void read_stream(Fields& request, StreamConfig* stream) {
 void read_unit(Fields& request, UnitConfig* unit) {
   Fields fields(request.value("unit"));
   const std::string kind = fields.text("kind");
-  if (kind != "host") fields.fail("kind must be host");
-  unit->kind = UnitKind::kHost;
+  if (kind != "host" && kind != "onnxruntime") fields.fail("kind must be host or onnxruntime");
+  unit->kind = kind == "onnxruntime" ? UnitKind::kOnnxruntime : UnitKind::kHost;
+  if (kind == "onnxruntime") {
+    const Status status = read_onnxruntime_config(fields.value("onnxruntime"), &unit->onnxruntime);
+    if (!status.is_ok()) fields.fail(status.message());
+  }
   unit->threads = fields.size("threads");
   unit->cluster_neurons = fields.size("clusterNeurons");
   unit->most_clusters = fields.size("mostClusters");

@@ -12,6 +12,7 @@
 #include "native/kernels/dispatch.h"
 #include "native/npu/faulty_unit.h"
 #include "native/npu/host_unit.h"
+#include "native/npu/onnxruntime_unit.h"
 #include "native/quantize/encode.h"
 
 namespace pi2 {
@@ -58,6 +59,31 @@ Status check(const EngineConfig& c) {
     return Status::argument("a mapped model is computed without stream and predictor");
   }
   return check_unit(c);
+}
+
+/** The graphs of a schedule that an engine which computes so many tokens together can need. */
+std::vector<GraphShape> scheduled_shapes(const UnitConfig::Schedule& clusters, size_t batch_size) {
+  std::vector<GraphShape> shapes;
+  for (size_t graph = 0; graph < clusters.size(); graph++) {
+    const bool is_chunk = graph == kSmallBatches;
+    const GraphShape shape{is_chunk ? kChunkTokens : graph + 1, clusters[graph]};
+    const bool is_possible = batch_size >= (is_chunk ? kLeastChunk : shape.tokens);
+    if (shape.clusters > 0 && is_possible) shapes.push_back(shape);
+  }
+  return shapes;
+}
+
+size_t unit_bytes_needed(const EngineConfig& config) {
+  const UnitConfig& unit = config.unit;
+  switch (unit.kind) {
+    case UnitKind::kNone: return 0;
+    case UnitKind::kHost: return HostUnit::bytes_needed(config);
+    case UnitKind::kOnnxruntime: break;
+  }
+  // Which graphs a schedule will have that is chosen later is not known: at worst all of the most clusters.
+  UnitConfig::Schedule clusters = unit.clusters;
+  if (clusters == UnitConfig::Schedule{}) clusters.fill(unit.most_clusters);
+  return onnxruntime_memory_needed(unit.onnxruntime, scheduled_shapes(clusters, config.batch_size));
 }
 
 /** All rows of an expert that is in memory. */
@@ -109,7 +135,7 @@ Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
   memory->kv_bytes = KvCache::bytes_needed(config);
   for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
   if (config.predictor.enabled()) memory->weight_bytes += Predictor::bytes_needed(config);
-  if (config.unit.enabled()) memory->unit_bytes = HostUnit::bytes_needed(config);
+  memory->unit_bytes = unit_bytes_needed(config);
   memory->load_bytes = config.threads * kLoadersPerThread * kLoadBytes;
   // Mapped pages are the kernel's.
   if (config.mapped) return status;
@@ -198,7 +224,8 @@ Status Engine::open_unit() {
     rows.bias = layer.up_bias.exists() ? layer.up_bias.floats() : nullptr;
     hot_rows_.push_back(rows);
   }
-  Status status = HostUnit::open(config_, *kernels_, hot_rows_, &unit_);
+  Status status = unit.kind == UnitKind::kHost ? HostUnit::open(config_, *kernels_, hot_rows_, &unit_)
+                                               : open_onnxruntime_unit(unit.onnxruntime, &unit_);
   if (!status.is_ok()) return status;
   if (unit.fail_job > 0) unit_ = std::make_unique<FaultyUnit>(std::move(unit_), unit.fail_job);
   hybrid_.emplace(config_, *pool_, *experts_, *unit_);
@@ -207,16 +234,17 @@ Status Engine::open_unit() {
 
 Status Engine::measure_unit(UnitTimes* times) {
   if (!hybrid_) return Status::argument("the engine has no dense unit");
+  const size_t neurons = cluster_end(config_.unit, config_.unit.most_clusters, config_.neuron_count);
+  for (const BankPlan& plan : config_.stream.banks) {
+    if (plan.hot_neurons < neurons) return Status::argument("the hot region does not hold what is to be measured");
+  }
   Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
   return measure_unit_times(config_, *kernels_, *pool_, hot_rows_, weights_.layers, predictor, *unit_, times);
 }
 
 Status Engine::set_unit_schedule(const UnitConfig::Schedule& clusters) {
   if (!hybrid_) return Status::argument("the engine has no dense unit");
-  for (size_t tokens : {1, 2, 3, 4, 128}) {
-    const GraphShape shape = scheduled_shape(clusters, tokens);
-    if (shape.clusters > 0 && tokens <= config_.batch_size) unit_->load(shape);
-  }
+  for (const GraphShape shape : scheduled_shapes(clusters, config_.batch_size)) unit_->load(shape);
   Status status = unit_->finish_loading();
   if (status.is_ok()) hybrid_->set_schedule(clusters);
   return status;

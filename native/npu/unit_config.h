@@ -3,11 +3,12 @@
 #include <cstddef>
 
 #include "native/npu/dense_unit.h"
+#include "native/npu/onnxruntime_config.h"
 
 namespace pi2 {
 
 /** What a dense unit is; `--npu`. */
-enum class UnitKind { kNone, kHost };
+enum class UnitKind { kNone, kHost, kOnnxruntime };
 
 /** Each of 1 .. kSmallBatches tokens has graphs of its own; what is more is a chunk of a prompt. */
 inline constexpr size_t kSmallBatches = 4;
@@ -26,9 +27,11 @@ struct UnitConfig {
   /** Cores that the unit takes from the engine's threads while it computes. */
   size_t threads = 0;
   size_t cluster_neurons = 0;
-  /** No schedule has more; what they compute is in memory. */
+  /** No schedule has more. */
   size_t most_clusters = 0;
   Schedule clusters{};
+  /** Of kOnnxruntime. */
+  OnnxruntimeConfig onnxruntime;
   /** Trouble that tests ask for: the job that fails, from 1. */
   size_t fail_job = 0;
 

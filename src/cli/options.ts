@@ -22,6 +22,8 @@ export interface EngineFlags {
   ablate?: Ablation[];
   npu?: NpuChoice;
   hotRatio?: number;
+  npuLibrary?: string;
+  npuProfile?: string;
 }
 
 /** Options of every command that chooses tokens. */
@@ -85,7 +87,10 @@ export function addUnitOptions(command: Command): Command {
     'share of the neurons that --npu computes, 0 to 1; default: the fastest',
   );
   command.addOption(npu.argParser(parseName(NPU_CHOICES)).default('auto'));
-  return command.addOption(ratio.argParser(parseNumber(0, 1)));
+  command.addOption(ratio.argParser(parseNumber(0, 1)));
+  return command
+    .option('--npu-library <file>', 'ONNX Runtime: libonnxruntime.so.1; default: that of the package onnxruntime-node')
+    .option('--npu-profile <name>', 'the device of onnxruntime:qnn: a profile by name, or a file');
 }
 
 /** Adds `--engine` and `--ablate`, for commands that compare ways to compute. */
@@ -131,6 +136,8 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
     ...(flags.npu === undefined ? {} : { npu: flags.npu }),
     ...(flags.hotRatio === undefined ? {} : { hotRatio: flags.hotRatio }),
+    ...(flags.npuLibrary === undefined ? {} : { npuLibrary: flags.npuLibrary }),
+    ...(flags.npuProfile === undefined ? {} : { npuProfile: flags.npuProfile }),
   };
 }
 

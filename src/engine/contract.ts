@@ -5,6 +5,7 @@
  * memory, and rejects with an `Error` whose `code` is one of `NativeErrorCode`. Work runs on the addon's threads; every
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
+import type { OnnxruntimeRequest } from '../npu/onnxruntime-request.js';
 import type { EngineCounters } from './counters.js';
 
 export type NativeErrorCode =
@@ -187,10 +188,12 @@ export interface PredictorRequest {
 
 /**
  * A dense unit that computes the first clusters of each bank, while the CPU computes the neurons behind them;
- * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters have.
+ * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters of a `host` unit have.
  */
 export interface UnitRequest {
-  kind: 'host';
+  kind: 'host' | 'onnxruntime';
+  /** Of the latter: its graphs, of all shapes that a schedule can have. */
+  onnxruntime?: OnnxruntimeRequest;
   /** Cores that it takes from `EngineRequest.threads` while it computes. */
   threads: number;
   /** Neurons of a cluster, a multiple of 128; the last one of a bank may have fewer. */

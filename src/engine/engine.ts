@@ -17,7 +17,7 @@ import type {
 import type { EngineCounters } from './counters.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
-import { type NpuChoice, type UnitUse, unitUse } from './unit-request.js';
+import { type NpuChoice, settleUnit, type UnitUse } from './unit-request.js';
 
 export interface EngineOptions {
   /** Positions of the KV cache; 0 takes the model's context length. Sequences share them. */
@@ -39,6 +39,9 @@ export interface EngineOptions {
   exact?: boolean;
   /** What computes the hottest neurons beside the CPU. Default `auto`. */
   npu?: NpuChoice;
+  /** Of ONNX Runtime: the library, unless it is where it is looked for, and the profile of the device whose NPU it uses. */
+  npuLibrary?: string;
+  npuProfile?: string;
   /** Share of the neurons that this unit computes, 0 to 1. Default: what is estimated to be fastest. */
   hotRatio?: number;
   /** Steps of streaming that are taken away, to measure what they bring. */
@@ -158,7 +161,8 @@ export class Engine implements StepEngine, BatchEngine {
 
   private constructor(
     native: NativeEngine,
-    { request, budgetBytes, operatingPoint, wantedUnit, notice }: PlannedRequest,
+    { request, budgetBytes, operatingPoint, notice }: PlannedRequest,
+    unit: UnitUse | null,
     { engine = 'pi2', ablate = [] }: EngineOptions,
     cpuFeatures: readonly string[],
     loadMs: number,
@@ -168,9 +172,8 @@ export class Engine implements StepEngine, BatchEngine {
     this.name = engine;
     this.ablated = ablate;
     this.budgetBytes = budgetBytes;
-    const counters = native.counters();
-    this.unit = unitUse(wantedUnit, request, counters.unit?.name ?? '');
-    this.storage = counters.stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
+    this.unit = unit;
+    this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
     this.regions = regionsOf(request);
     this.operatingPoint = operatingPoint;
@@ -208,7 +211,11 @@ export class Engine implements StepEngine, BatchEngine {
     try {
       const planned = await planRequest(model, request, options, addon);
       const native = await addon.openEngine(planned.request);
-      return new Engine(native, planned, options, cpu.features, performance.now() - start);
+      const unit = await settleUnit(model, planned.wantedUnit, planned.request, native).catch(async (error) => {
+        await native.close();
+        throw error;
+      });
+      return new Engine(native, planned, unit, options, cpu.features, performance.now() - start);
     } catch (error) {
       throw nativeError(error, `open ${model.path}`);
     }

@@ -68,7 +68,7 @@ export async function planRequest(
   const rateBytes = model.profilePath === null ? 0 : RATE_BYTES * base.expertOffsets.length * base.neuronCount;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES + rateBytes;
   const hasMatrixUnit = !isMapped && (base.kernelSet ?? addon.cpu().kernelSets.at(-1)) === 'amx';
-  const wanted = wantedUnit(base, options);
+  const wanted = await wantedUnit(model, base, options);
   const requestOf = (
     batchSize: number,
     planned: StreamShape | undefined,
@@ -105,7 +105,9 @@ export async function planRequest(
       mode,
       measure: (batchSize, shape) =>
         sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
-      ...(wanted?.isForced ? { unitNeurons: clusterEnds(wanted.clusters, base.neuronCount) } : {}),
+      ...(wanted?.isForced && wanted.kind === 'host'
+        ? { unitNeurons: clusterEnds(wanted.clusters, base.neuronCount) }
+        : {}),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
       // Which experts are next nobody knows before attention.
       canPrefetch: entry !== undefined && base.expertCount === 1 && !ablated.includes('prefetch'),
