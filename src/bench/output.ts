@@ -64,6 +64,7 @@ const OPTION_COLUMNS = {
   exact: { title: 'exact', width: 5, cell: (row: BenchRow) => (row.predicted ? '0' : '1') },
   engine: { title: 'engine', width: 8, cell: (row: BenchRow) => row.engine },
   cpu: { title: 'kernels', width: 7, cell: (row: BenchRow) => row.kernel_set },
+  npl: { title: 'n_pl', width: 4, cell: (row: BenchRow) => String(row.n_pl) },
 } as const satisfies Record<string, Column>;
 export type OptionColumn = keyof typeof OPTION_COLUMNS;
 
