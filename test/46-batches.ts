@@ -287,7 +287,8 @@ t.test('requests that cannot be are refused in words and change nothing', async 
     /no sequence 9/,
   );
   engine.release({ sequence: 2 });
-  const running = one(0, 2);
+  const long = new Int32Array(CONTEXT - 2);
+  const running = step([{ sequence: 0, position: 2, count: CONTEXT - 2 }], long);
   await Promise.all([
     refused(fork(1, 2, 2), /wait for it/, 'NATIVE_BUSY'),
     refused(

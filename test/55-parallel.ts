@@ -101,7 +101,7 @@ t.test('text: one below another, the best alone', async (t) => {
   t.equal(all.stdout, expected);
   t.match(
     all.stderr,
-    /decode +\d+ tokens, [\d.]+ tokens\/s\nlive sequences +\d+ steps of 3[\s\S]*continuation 3 +seed 7, \d+ tokens/,
+    /decode +\d+ tokens, [\d.]+ tokens\/s\n +live sequences +\d+ steps of 3[\s\S]*continuation 3 +seed 7, \d+ tokens/,
   );
   const best = await runCli('run', ...args, '--best-of', '3');
   const chosen = /continuation (\d) .*log-probability -\d+\.\d+ a token.*the best/.exec(best.stderr);
