@@ -98,6 +98,13 @@ std::unique_ptr<DenseUnit> open(const OnnxruntimeConfig& config) {
   return unit;
 }
 
+std::unique_ptr<DenseUnit> load_all(const OnnxruntimeConfig& config) {
+  auto unit = open(config);
+  for (const OnnxruntimeGraph& graph : config.graphs) unit->load(graph.shape);
+  require_ok(unit->finish_loading());
+  return unit;
+}
+
 /** One run: x into the window, sums out of it. */
 void compute(DenseUnit& unit, const OnnxruntimeConfig& config, const std::vector<float>& x, size_t bank,
              std::vector<float>* y) {
@@ -108,13 +115,31 @@ void compute(DenseUnit& unit, const OnnxruntimeConfig& config, const std::vector
   y->assign(unit.sums(), unit.sums() + count);
 }
 
-void run(const OnnxruntimeConfig& config, const char* x_path, const char* y_path) {
-  std::vector<float> x;
-  std::ifstream in(x_path, std::ios::binary);
-  for (float value = 0; in.read(reinterpret_cast<char*>(&value), sizeof value);) x.push_back(value);
+std::vector<float> read_floats(const char* path) {
+  std::vector<float> values;
+  std::ifstream in(path, std::ios::binary);
+  for (float value = 0; in.read(reinterpret_cast<char*>(&value), sizeof value);) values.push_back(value);
+  return values;
+}
+
+/** Runs every graph for each bank; they are loaded. */
+void compute_all(DenseUnit& unit, const OnnxruntimeConfig& config, const std::vector<float>& x, const char* y_path) {
   std::ofstream out(y_path, std::ios::binary);
+  std::vector<float> y;
+  size_t computed = 0;
+  for (const OnnxruntimeGraph& graph : config.graphs) {
+    require_ok(unit.activate(graph.shape));
+    for (size_t bank = 0; bank < config.bank_offsets.size(); bank++, computed++) {
+      compute(unit, config, x, bank, &y);
+      out.write(reinterpret_cast<const char*>(y.data()), static_cast<std::streamsize>(y.size() * sizeof(float)));
+    }
+  }
+  std::printf("%s: %zu sums\n", unit.name().c_str(), computed);
+}
+
+void live(const OnnxruntimeConfig& config, const char* x_path, const char* y_path) {
+  const std::vector<float> x = read_floats(x_path);
   const auto unit = open(config);
-  const size_t banks = config.bank_offsets.size();
   const GraphShape first = config.graphs.front().shape;
   require_refused(unit->activate(first));
   require_refused(unit->start(0, first.tokens));
@@ -127,7 +152,7 @@ void run(const OnnxruntimeConfig& config, const char* x_path, const char* y_path
   std::vector<float> y;
   compute(*unit, config, x, 0, &before);
   require_refused(unit->start(0, first.tokens + 1));
-  require_refused(unit->start(banks, first.tokens));
+  require_refused(unit->start(config.bank_offsets.size(), first.tokens));
   // The others are loaded while the first computes; it must not notice.
   for (const OnnxruntimeGraph& graph : config.graphs) unit->load(graph.shape);
   for (size_t i = 0; i < 50; i++) {
@@ -135,14 +160,8 @@ void run(const OnnxruntimeConfig& config, const char* x_path, const char* y_path
     require(y == before, "the same sums while others are loaded");
   }
   require_ok(unit->finish_loading());
-  size_t computed = 0;
-  for (const OnnxruntimeGraph& graph : config.graphs) {
-    require_ok(unit->activate(graph.shape));
-    for (size_t bank = 0; bank < banks; bank++, computed++) {
-      compute(*unit, config, x, bank, &y);
-      out.write(reinterpret_cast<const char*>(y.data()), static_cast<std::streamsize>(y.size() * sizeof(float)));
-    }
-  }
+  compute_all(*unit, config, x, y_path);
+
   const GraphShape last = config.graphs.back().shape;
   const size_t bytes = unit->bytes();
   unit->unload(last);
@@ -162,7 +181,6 @@ void run(const OnnxruntimeConfig& config, const char* x_path, const char* y_path
   require_refused(unit->finish_loading());
   require_ok(unit->finish_loading());
   require(unit->busy_ns() > 0, "the unit knows how long it computed");
-  std::printf("%s: %zu sums\n", unit->name().c_str(), computed);
 }
 
 /** Anonymous memory and pages of files of this process. */
@@ -173,13 +191,6 @@ size_t resident_bytes() {
     if (line.rfind("VmRSS:", 0) == 0) kilobytes = std::strtoul(line.c_str() + 6, nullptr, 10);
   }
   return kilobytes * 1024;
-}
-
-std::unique_ptr<DenseUnit> load_all(const OnnxruntimeConfig& config) {
-  auto unit = open(config);
-  for (const OnnxruntimeGraph& graph : config.graphs) unit->load(graph.shape);
-  require_ok(unit->finish_loading());
-  return unit;
 }
 
 void measure_memory(const OnnxruntimeConfig& config) {
@@ -236,8 +247,10 @@ int main(int count, char** arguments) {
   require(count >= 3, "a configuration and what to do");
   const OnnxruntimeConfig config = read_config(arguments[1]);
   const std::string what = arguments[2];
-  if (what == "run" && count == 5) {
-    run(config, arguments[3], arguments[4]);
+  if (what == "live" && count == 5) {
+    live(config, arguments[3], arguments[4]);
+  } else if (what == "run" && count == 5) {
+    compute_all(*load_all(config), config, read_floats(arguments[3]), arguments[4]);
   } else if (what == "open") {
     std::printf("%s\n", load_all(config)->name().c_str());
   } else if (what == "memory") {

@@ -95,12 +95,17 @@ function encodeGraph(options: DenseGraphs, tokens: number, clusters: number): Ui
     const before = c === 1 ? 'y_0' : `sum_${c - 1}`;
     node.push({ opType: 'Add', input: [before, `y_${c}`], output: [c === clusters - 1 ? 'y' : `sum_${c}`] });
   }
-  const shape = { dim: [{ dimValue: tokens }, { dimValue: hidden }] };
-  const tensor = (name: string) => ({ name, type: { tensorType: { elemType: 1, shape } } });
+  return encodeModel(`t${tokens}-c${clusters}`, node, initializer, [tokens, hidden]);
+}
+
+/** A graph of nodes from x to y, both floats of `dims`. */
+export function encodeModel(name: string, node: object[], initializer: object[], dims: number[]): Uint8Array {
+  const shape = { dim: dims.map((dimValue) => ({ dimValue })) };
+  const tensor = (of: string) => ({ name: of, type: { tensorType: { elemType: 1, shape } } });
   const model = onnx.ModelProto.fromObject({
     irVersion: 10,
     opsetImport: [{ version: 21 }, { domain: 'com.microsoft', version: 1 }],
-    graph: { name: `t${tokens}-c${clusters}`, node, initializer, input: [tensor('x')], output: [tensor('y')] },
+    graph: { name, node, initializer, input: [tensor('x')], output: [tensor('y')] },
   });
   return onnx.ModelProto.encode(model).finish();
 }
