@@ -21,6 +21,7 @@ import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
 import { type ModelDirectory, openModelDirectory, parseManifest } from '../src/format/model-directory.js';
 import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
+import { buildProgram, jsonLines, runCli } from './support/cli.js';
 import { decodedWeights } from './support/decoded-weights.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
@@ -579,5 +580,28 @@ t.test('what a unit cannot take is refused before anything is converted', async 
   await t.rejects(convertAgain(`${odd}.pi2`), {
     code: 'E_UNSUPPORTED',
     message: /hidden size 80 is not a multiple of 32/,
+  });
+});
+
+t.test('the commands: convert --npu, inspect, verify', async (t) => {
+  buildProgram();
+  const model = await modelOf('silu by heat');
+  const words = await runCli('inspect', model);
+  t.match(words.stdout, /Down in tiles.*dense unit +[\d.]+ KiB.*clusters 3 of 128 neurons or fewer, .* a bank/s);
+  t.match(words.stdout, /npu\/t128-c3\.onnx +tokens 128, clusters 3, nodes 22, +[\d.]+ KiB, weights [\d.]+ KiB\n/);
+  const [facts] = jsonLines((await runCli('inspect', model, '--json')).stdout);
+  t.match(facts.npu, { cluster_neurons: 128, bank_bytes: Number, graphs: { length: 15 } });
+  t.match(facts.npu.graphs[1], { tokens: 1, clusters: 2, file: 'npu/t1-c2.onnx', nodes: 15, problems: [] });
+  t.match(await runCli('verify', model), { status: 0, stdout: /and 15 graphs/ });
+  const lines = jsonLines((await runCli('verify', model, '--json')).stdout);
+  t.match(lines.at(-1), { ok: true, graphs: 15, wrong_extents: 0 });
+
+  const checkpoint = (await modelOf('drelu')).replace(/\.pi2$/, '');
+  const output = join(scratch, 'command.pi2');
+  const made = await runCli('convert', checkpoint, '-o', output, '--npu');
+  t.match(made, { status: 0, stderr: /neurons, [\d.]+ KiB for a dense unit/ });
+  t.match(await runCli('convert', checkpoint, '-o', output, '--npu', '--quant', 'q8'), {
+    status: 2,
+    stderr: /--npu with --quant q8.*4-bit.*\n.*--quant q4/,
   });
 });
