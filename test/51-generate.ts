@@ -410,6 +410,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     name: 'pi2',
     ablated: [],
     batchSize: 16,
+    unit: null,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
   const facts = {

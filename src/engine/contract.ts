@@ -5,8 +5,8 @@
  * memory, and rejects with an `Error` whose `code` is one of `NativeErrorCode`. Work runs on the addon's threads; every
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
-import type { OnnxruntimeRequest } from '../npu/onnxruntime-request.js';
 import type { EngineCounters } from './counters.js';
+import type { UnitRequest, UnitTimes } from './unit-contract.js';
 
 export type NativeErrorCode =
   | 'NATIVE_ARGUMENT'
@@ -184,26 +184,6 @@ export interface PredictorRequest {
   flashThresholds: number[];
   /** For calibration: neurons of an expert from this number on (in heat order) count as on flash, wherever they are. */
   flashFrom?: number;
-}
-
-/**
- * A dense unit that computes the first clusters of each bank, while the CPU computes the neurons behind them;
- * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters of a `host` unit have.
- */
-export interface UnitRequest {
-  kind: 'host' | 'onnxruntime';
-  /** Of the latter: its graphs, of all shapes that a schedule can have. */
-  onnxruntime?: OnnxruntimeRequest;
-  /** Cores that it takes from `EngineRequest.threads` while it computes. */
-  threads: number;
-  /** Neurons of a cluster, a multiple of 128; the last one of a bank may have fewer. */
-  clusterNeurons: number;
-  /** No schedule has more. */
-  mostClusters: number;
-  /** Clusters that are the unit's, of 1, 2, 3 and 4 tokens computed together, and of a chunk of a prompt. */
-  clusters: number[];
-  /** Trouble that tests ask for: the job of the unit that fails, numbered from 1. */
-  failJob?: number;
 }
 
 /** Sizes of the predictor of one bank, and its numbers. */
@@ -395,21 +375,6 @@ export interface NativeTrace {
 export interface Bandwidths {
   memory: number | null;
   flash: number | null;
-}
-
-/** Nanoseconds of a neuron on the CPU: to find out whether it fires, and beyond that if it does. */
-export interface NeuronTimes {
-  lookNs: number;
-  fireNs: number;
-}
-
-/** Each for 1, 2, 3 and 4 tokens and for a chunk of a prompt. */
-export interface UnitTimes {
-  /** Nanoseconds that the unit takes for a job of 1, 2, … clusters; empty where so many tokens are never computed together. */
-  unit: number[][];
-  /** With all threads, and with those that are left beside the unit. */
-  alone: NeuronTimes[];
-  beside: NeuronTimes[];
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
