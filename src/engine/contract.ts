@@ -6,7 +6,8 @@
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
 import type { EngineCounters } from './counters.js';
-import type { UnitRequest, UnitTimes } from './unit-contract.js';
+import type { ReplayCounters, ReplayRequest } from './replay-contract.js';
+import type { NativeUnitCalls, UnitRequest } from './unit-contract.js';
 
 export type NativeErrorCode =
   | 'NATIVE_ARGUMENT'
@@ -340,31 +341,6 @@ export interface StepRequest {
   activations?: Float32Array;
 }
 
-/**
- * Which neurons tokens needed, as steps record it: `fired` and `routed` of `StepRequest`, token behind token. To replay it: of
- * each bank how many neurons are hot and how many cold slots it has, and `firingRates` as of `StreamRequest`.
- */
-export interface ReplayRequest {
-  tokens: number;
-  layerCount: number;
-  expertCount: number;
-  neuronCount: number;
-  fired: Uint8Array;
-  routed: Uint8Array;
-  hotNeurons: number[];
-  coldSlots: number[];
-  firingRates?: Float32Array;
-  /** Tokens before this one fill the cache and are not counted. */
-  countFrom: number;
-}
-
-/** Needed neurons by where the cache had them. */
-export interface ReplayCounters {
-  hotHits: number;
-  coldHits: number;
-  misses: number;
-}
-
 /** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
 export interface NativeTrace {
   records: ArrayBuffer;
@@ -378,7 +354,7 @@ export interface Bandwidths {
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
-export interface NativeEngine {
+export interface NativeEngine extends NativeUnitCalls {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   /**
@@ -396,10 +372,6 @@ export interface NativeEngine {
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
    */
   measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
-  /** What unit and CPU take for the same neurons, in some tens of milliseconds. Before the first step. */
-  measureUnit(): Promise<UnitTimes>;
-  /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
-  setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }

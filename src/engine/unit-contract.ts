@@ -35,3 +35,11 @@ export interface UnitTimes {
   alone: NeuronTimes[];
   beside: NeuronTimes[];
 }
+
+/** What an open engine does with its unit; refused with `NATIVE_ARGUMENT` where there is none. */
+export interface NativeUnitCalls {
+  /** What unit and CPU take for the same neurons, in some tens of milliseconds. Before the first step. */
+  measureUnit(): Promise<UnitTimes>;
+  /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
+  setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
+}
