@@ -15,6 +15,7 @@ export type NativeErrorCode =
   | 'NATIVE_CHECKSUM'
   | 'NATIVE_MEMORY'
   | 'NATIVE_CPU'
+  | 'NATIVE_UNIT'
   | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
