@@ -4,8 +4,9 @@ import { join } from 'node:path';
 import fc from 'fast-check';
 import t, { type Test } from 'tap';
 import { loadAddon } from '../src/engine/addon.js';
-import type { EngineRequest, NativeEngine, StreamRequest, UnitRequest } from '../src/engine/contract.js';
+import type { EngineRequest, NativeEngine, StreamRequest } from '../src/engine/contract.js';
 import { Engine, type EngineOptions, type StepOptions } from '../src/engine/engine.js';
+import type { UnitRequest } from '../src/engine/unit-contract.js';
 import type { QuantizationName } from '../src/format/manifest.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
 import { clusterCount, clusterEnd } from '../src/plan/hot-ratio.js';
@@ -322,7 +323,7 @@ t.test('a read or the unit that fails ends the step with words; the next step is
     ] as const) {
       for (const threads of [1, 3]) {
         const engine = await addon.openEngine({ ...request, ...changes, threads } as EngineRequest);
-        await t.rejects(stepOf(engine), { code: 'NATIVE_IO', message: words }, what);
+        await t.rejects(stepOf(engine), { code: what === 'read' ? 'NATIVE_IO' : 'NATIVE_UNIT', message: words }, what);
         t.strictSame(await stepOf(engine), expected, `${options.family}, ${what}, ${threads} threads: right again`);
         await engine.close();
       }

@@ -27,7 +27,7 @@ class FaultyUnit : public DenseUnit {
   }
   Status finish() override {
     Status status = unit_->finish();
-    return job_ == fail_job_ && status.is_ok() ? Status::io("job " + std::to_string(job_) + " of the dense unit failed")
+    return job_ == fail_job_ && status.is_ok() ? Status::unit("job " + std::to_string(job_) + " of the dense unit failed")
                                                : status;
   }
   size_t bytes() const override { return unit_->bytes(); }

@@ -5,8 +5,9 @@
  * memory, and rejects with an `Error` whose `code` is one of `NativeErrorCode`. Work runs on the addon's threads; every
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
-import type { OnnxruntimeRequest } from '../npu/onnxruntime-request.js';
 import type { EngineCounters } from './counters.js';
+import type { ReplayCounters, ReplayRequest } from './replay-contract.js';
+import type { NativeUnitCalls, UnitRequest } from './unit-contract.js';
 
 export type NativeErrorCode =
   | 'NATIVE_ARGUMENT'
@@ -14,6 +15,7 @@ export type NativeErrorCode =
   | 'NATIVE_CHECKSUM'
   | 'NATIVE_MEMORY'
   | 'NATIVE_CPU'
+  | 'NATIVE_UNIT'
   | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
@@ -186,26 +188,6 @@ export interface PredictorRequest {
   flashFrom?: number;
 }
 
-/**
- * A dense unit that computes the first clusters of each bank, while the CPU computes the neurons behind them;
- * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters of a `host` unit have.
- */
-export interface UnitRequest {
-  kind: 'host' | 'onnxruntime';
-  /** Of the latter: its graphs, of all shapes that a schedule can have. */
-  onnxruntime?: OnnxruntimeRequest;
-  /** Cores that it takes from `EngineRequest.threads` while it computes. */
-  threads: number;
-  /** Neurons of a cluster, a multiple of 128; the last one of a bank may have fewer. */
-  clusterNeurons: number;
-  /** No schedule has more. */
-  mostClusters: number;
-  /** Clusters that are the unit's, of 1, 2, 3 and 4 tokens computed together, and of a chunk of a prompt. */
-  clusters: number[];
-  /** Trouble that tests ask for: the job of the unit that fails, numbered from 1. */
-  failJob?: number;
-}
-
 /** Sizes of the predictor of one bank, and its numbers. */
 export interface PredictorNumbers {
   hiddenSize: number;
@@ -360,31 +342,6 @@ export interface StepRequest {
   activations?: Float32Array;
 }
 
-/**
- * Which neurons tokens needed, as steps record it: `fired` and `routed` of `StepRequest`, token behind token. To replay it: of
- * each bank how many neurons are hot and how many cold slots it has, and `firingRates` as of `StreamRequest`.
- */
-export interface ReplayRequest {
-  tokens: number;
-  layerCount: number;
-  expertCount: number;
-  neuronCount: number;
-  fired: Uint8Array;
-  routed: Uint8Array;
-  hotNeurons: number[];
-  coldSlots: number[];
-  firingRates?: Float32Array;
-  /** Tokens before this one fill the cache and are not counted. */
-  countFrom: number;
-}
-
-/** Needed neurons by where the cache had them. */
-export interface ReplayCounters {
-  hotHits: number;
-  coldHits: number;
-  misses: number;
-}
-
 /** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
 export interface NativeTrace {
   records: ArrayBuffer;
@@ -397,23 +354,8 @@ export interface Bandwidths {
   flash: number | null;
 }
 
-/** Nanoseconds of a neuron on the CPU: to find out whether it fires, and beyond that if it does. */
-export interface NeuronTimes {
-  lookNs: number;
-  fireNs: number;
-}
-
-/** Each for 1, 2, 3 and 4 tokens and for a chunk of a prompt. */
-export interface UnitTimes {
-  /** Nanoseconds that the unit takes for a job of 1, 2, … clusters; empty where so many tokens are never computed together. */
-  unit: number[][];
-  /** With all threads, and with those that are left beside the unit. */
-  alone: NeuronTimes[];
-  beside: NeuronTimes[];
-}
-
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
-export interface NativeEngine {
+export interface NativeEngine extends NativeUnitCalls {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   /**
@@ -431,10 +373,6 @@ export interface NativeEngine {
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
    */
   measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
-  /** What unit and CPU take for the same neurons, in some tens of milliseconds. Before the first step. */
-  measureUnit(): Promise<UnitTimes>;
-  /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
-  setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }

@@ -332,6 +332,13 @@ export function nativeError(error: unknown, doing: string): unknown {
         'give a smaller context with -c, or convert with fewer bits: --quant q4',
         options,
       );
+    case 'NATIVE_UNIT':
+      return new Pi2Error(
+        'E_NPU',
+        `cannot ${doing}: ${message}`,
+        'ONNX Runtime comes with npm install onnxruntime-node, or name its file with --npu-library; --npu none does without',
+        options,
+      );
     case 'NATIVE_CPU':
       return new Pi2Error('E_CPU', `cannot ${doing}: ${message}`, 'leave --cpu out to take the best kernels', options);
     default:

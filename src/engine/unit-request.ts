@@ -20,13 +20,15 @@ import {
   SMALL_BATCHES,
 } from '../plan/hot-ratio.js';
 import type { StreamShape } from '../plan/memory-plan.js';
-import type { EngineRequest, NativeEngine, UnitRequest } from './contract.js';
+import type { EngineRequest, NativeEngine } from './contract.js';
 import type { EngineOptions } from './engine.js';
 import type { ModelRequest } from './engine-request.js';
+import type { UnitRequest } from './unit-contract.js';
 
 /**
  * `host`: our kernels on threads of their own. `onnxruntime`: graphs by ONNX Runtime, on the CPU or (`qnn`) on the NPU of a
- * device profile. `auto`: the CPU alone, since all that can be had without being asked for are its own cores.
+ * device profile. `auto`: that NPU, if its device is said, else the CPU alone: a unit on the CPU's own cores computes what the
+ * CPU leaves out.
  */
 export const NPU_CHOICES = ['auto', 'none', 'host', 'onnxruntime', 'onnxruntime:cpu', 'onnxruntime:qnn'] as const;
 export type NpuChoice = (typeof NPU_CHOICES)[number];
@@ -62,10 +64,11 @@ export async function wantedUnit(
   base: ModelRequest,
   options: EngineOptions,
 ): Promise<WantedUnit | null> {
-  const { npu = 'auto', hotRatio, engine = 'pi2' } = options;
-  if (npu === 'auto' || npu === 'none') {
+  const { hotRatio, engine = 'pi2' } = options;
+  const npu = chooseUnit(model, options);
+  if (npu === 'none') {
     if (hotRatio === undefined) return null;
-    const why = `--hot-ratio is of a dense unit, and --npu ${npu} means that there is none`;
+    const why = `--hot-ratio is of a dense unit, and --npu ${options.npu ?? 'auto'} means that there is none here`;
     throw new Pi2Error('E_USAGE', why, 'give --npu host, or leave --hot-ratio out');
   }
   if (engine !== 'pi2') {
@@ -80,6 +83,14 @@ export async function wantedUnit(
   const places = onnxruntimePlaces(npu, options);
   const onnxruntime = await makeOnnxruntimeRequest(denseWeights(model), shapes, places);
   return { kind: 'onnxruntime', threads: places.profile === undefined ? 1 : 0, clusters, isForced, onnxruntime };
+}
+
+/** What `auto` means: an NPU whose device is said, if the model has graphs for it. */
+function chooseUnit(model: ModelDirectory, { npu = 'auto', npuProfile, engine = 'pi2' }: EngineOptions) {
+  if (npu !== 'auto') return npu;
+  const hasGraphs = model.manifest.npu !== undefined && engine === 'pi2';
+  const hasNpu = npuProfile !== undefined && openDeviceProfile(npuProfile).provider !== undefined;
+  return hasGraphs && hasNpu ? 'onnxruntime:qnn' : 'none';
 }
 
 /** Which library and which of its providers is to compute. */

@@ -20,12 +20,12 @@ export function clusterEnds(clusters: number, neuronCount: number): number[] {
   return Array.from({ length: clusters }, (_, i) => clusterEnd(i + 1, neuronCount));
 }
 
-/** The whole number of clusters whose share of a bank's neurons is nearest to `ratio`, 0 to 1. */
+/** The whole number of clusters whose share of a bank's neurons is nearest to `ratio`, 0 to 1; of two as near the larger. */
 export function clustersOfRatio(ratio: number, neuronCount: number): number {
   const off = (clusters: number) => Math.abs(clusterEnd(clusters, neuronCount) / neuronCount - ratio);
   let best = 0;
   for (let clusters = 1; clusters <= clusterCount(neuronCount); clusters++) {
-    if (off(clusters) < off(best)) best = clusters;
+    if (off(clusters) <= off(best)) best = clusters;
   }
   return best;
 }
