@@ -16,7 +16,8 @@ const PACKAGE_FOLDER = ['bin', 'napi-v6', 'linux', process.arch];
  */
 export function findOnnxruntime(given?: string): string {
   if (given !== undefined) {
-    if (existsSync(given)) return given;
+    // A name without a folder would be looked for elsewhere by the loader.
+    if (existsSync(given)) return path.resolve(given);
     throw new Pi2Error(
       'E_NPU',
       `${given} is not there: ONNX Runtime cannot be loaded from it`,

@@ -111,7 +111,7 @@ function makeProvider(profile: DeviceProfile, library: string, folder: string): 
       'give the path of the library',
     );
   }
-  const directory = path.dirname(path.resolve(library));
+  const directory = path.dirname(library);
   requireProviderFiles(profile, directory);
   const options = Object.fromEntries(Object.entries(provider.options).map(([key, value]) => [key, String(value)]));
   // The plug-in would look for its backend where the loader does: not beside itself.
