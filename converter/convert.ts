@@ -107,6 +107,7 @@ export async function convertFrom(
     await output.checkFree(options.force);
     const checkpoint = await open();
     try {
+      if (options.npu) requireWholeBlocks(checkpoint.model.hyperparameters);
       const { predictor = 'auto', quality = '1%', calibration } = options;
       const choice = choosePredictor(checkpoint, predictor, quality, calibration !== undefined);
       const heat = await openHeat({
@@ -150,7 +151,6 @@ async function convertCheckpoint(
 ): Promise<ConvertResult> {
   const started = performance.now();
   const { model, directory } = checkpoint;
-  if (options.npu) requireWholeBlocks(model.hyperparameters);
   const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings, options.npu);
   const states = await checkpoint.states();
   const textBytes = sum(

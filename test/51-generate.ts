@@ -375,6 +375,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     neuronsSeen: 40,
     weightBytes: 1000,
     kvBytes: 2000,
+    unitBytes: 0,
     scratchBytes: 3000,
     majorFaults: 5 * tokens,
     stream: {

@@ -84,7 +84,7 @@ PI2_INLINE Lanes choose_q4_scales(const Lanes* x, size_t count, const float (&le
 }
 
 /** Scales as half floats, and what a weight is multiplied with to become an integer: 0 where the scale is. */
-PI2_INLINE Lanes store_scales(Lanes chosen, uint8_t* scales) {
+PI2_INLINE Lanes store_scales(const Lanes& chosen, uint8_t* scales) {
   uint16_t halves[kGroupBlocks];
   Lanes inverse;
   for (size_t block = 0; block < kGroupBlocks; block++) {
@@ -97,7 +97,7 @@ PI2_INLINE Lanes store_scales(Lanes chosen, uint8_t* scales) {
 }
 
 /** Rounds the 32 elements of 8 blocks to q4. */
-PI2_INLINE void store_q4(const Lanes* x, Lanes inverse, uint8_t* weights) {
+PI2_INLINE void store_q4(const Lanes* x, const Lanes& inverse, uint8_t* weights) {
   for (size_t word = 0; word < 4; word++) {  // elements 16 (word / 2) + 4 (word % 2) + 0..3, and 8 further the high nibbles
     IntLanes bytes{};
     for (size_t i = 0; i < 4; i++) {

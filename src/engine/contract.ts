@@ -5,6 +5,7 @@
  * memory, and rejects with an `Error` whose `code` is one of `NativeErrorCode`. Work runs on the addon's threads; every
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
+import type { OnnxruntimeRequest } from '../npu/onnxruntime-request.js';
 import type { EngineCounters } from './counters.js';
 
 export type NativeErrorCode =
@@ -186,6 +187,26 @@ export interface PredictorRequest {
   flashFrom?: number;
 }
 
+/**
+ * A dense unit that computes the first clusters of each bank, while the CPU computes the neurons behind them;
+ * docs/DENSE_UNIT.md. With `stream`, hot neurons must be at least those that the most clusters of a `host` unit have.
+ */
+export interface UnitRequest {
+  kind: 'host' | 'onnxruntime';
+  /** Of the latter: its graphs, of all shapes that a schedule can have. */
+  onnxruntime?: OnnxruntimeRequest;
+  /** Cores that it takes from `EngineRequest.threads` while it computes. */
+  threads: number;
+  /** Neurons of a cluster, a multiple of 128; the last one of a bank may have fewer. */
+  clusterNeurons: number;
+  /** No schedule has more. */
+  mostClusters: number;
+  /** Clusters that are the unit's, of 1, 2, 3 and 4 tokens computed together, and of a chunk of a prompt. */
+  clusters: number[];
+  /** Trouble that tests ask for: the job of the unit that fails, numbered from 1. */
+  failJob?: number;
+}
+
 /** Sizes of the predictor of one bank, and its numbers. */
 export interface PredictorNumbers {
   hiddenSize: number;
@@ -222,6 +243,7 @@ export interface EngineMemory {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  unitBytes: number;
   loadBytes: number;
 }
 
@@ -282,6 +304,8 @@ export interface EngineRequest {
   stream?: StreamRequest;
   /** Absent: every gate is computed. */
   predictor?: PredictorRequest;
+  /** Absent: the CPU computes every neuron. Steps that record what fires are the CPU's alone in any case. */
+  unit?: UnitRequest;
   /**
    * Both files are mapped and every neuron is computed: what is in memory is the page cache's choice. Without `stream` and
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
@@ -374,6 +398,21 @@ export interface Bandwidths {
   flash: number | null;
 }
 
+/** Nanoseconds of a neuron on the CPU: to find out whether it fires, and beyond that if it does. */
+export interface NeuronTimes {
+  lookNs: number;
+  fireNs: number;
+}
+
+/** Each for 1, 2, 3 and 4 tokens and for a chunk of a prompt. */
+export interface UnitTimes {
+  /** Nanoseconds that the unit takes for a job of 1, 2, … clusters; empty where so many tokens are never computed together. */
+  unit: number[][];
+  /** With all threads, and with those that are left beside the unit. */
+  alone: NeuronTimes[];
+  beside: NeuronTimes[];
+}
+
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
@@ -393,6 +432,10 @@ export interface NativeEngine {
    * `flashReadBytes` bytes (rounded to pages; 0 leaves flash alone) all over the neurons. Not while a step runs.
    */
   measureBandwidths(request: { flashReadBytes: number }): Promise<Bandwidths>;
+  /** What unit and CPU take for the same neurons, in some tens of milliseconds. Before the first step. */
+  measureUnit(): Promise<UnitTimes>;
+  /** Another `UnitRequest.clusters`; loads the graphs that it needs. Not while a step runs. */
+  setUnitSchedule(request: Pick<UnitRequest, 'clusters'>): Promise<void>;
   /** Frees all memory; later calls are refused. Waits for a running step. */
   close(): Promise<void>;
 }
