@@ -91,7 +91,7 @@ export async function measureModel(directory: string, options: MeasureOptions): 
 
 function summarizeTest(test: BenchTest, samples: readonly Sample[]): TestResult {
   const { before, after } = joinCounters(samples);
-  const counted = (key: Exclude<keyof EngineCounters, 'stream' | 'predictor'>) => after[key] - before[key];
+  const counted = (key: Exclude<keyof EngineCounters, 'stream' | 'predictor' | 'unit'>) => after[key] - before[key];
   return {
     test: testName(test),
     tokensPerSecond: samples.map(({ ms }) => (1000 * (test.promptTokens + test.generatedTokens)) / ms),

@@ -8,10 +8,11 @@ import { readBuild } from '../report/build.js';
 import { type RooflineReport, rooflineReport } from '../report/roofline.js';
 import { deviation, mean, summarize } from '../report/statistics.js';
 import { type StreamReport, streamReport } from '../report/stream-report.js';
+import { type UnitReport, unitReport } from '../report/unit-report.js';
 import { type BenchTest, joinCounters, type Sample } from './runner.js';
 
 /** A result as JSON has it: llama-bench's fields, with its names and units, then those of `run --json`. */
-export interface BenchRow extends StreamReport, RooflineReport {
+export interface BenchRow extends StreamReport, RooflineReport, UnitReport {
   build_commit: string;
   build_version: string;
   cpu_info: string;
@@ -139,6 +140,7 @@ export function benchRow({ model, engine, test, samples, startedAt, memory, hasO
     token_latency_ms_p90: latency.p90,
     token_latency_ms_p99: latency.p99,
     ...streamed,
+    ...unitReport(before, after, engine),
     ...rooflineReport(before, after, ms, roof),
   };
 }

@@ -6,6 +6,7 @@ import type { BenchTest } from '../bench/runner.js';
 import { ABLATIONS, type Ablation } from '../engine/ablation.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
 import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
+import { NPU_CHOICES, type NpuChoice } from '../engine/unit-request.js';
 import { LIMITS } from '../format/hyperparameters.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
@@ -17,6 +18,7 @@ import {
   parseInteger,
   parseMemory,
   parseName,
+  parseNumber,
   SEED_MAX,
   THREADS_MAX,
 } from './options.js';
@@ -38,6 +40,8 @@ interface BenchFlags {
   engine?: EngineName[];
   loadMode?: LoadMode[];
   ablate?: Ablation[];
+  npu?: NpuChoice[];
+  hotRatio?: number[];
   file?: string;
   seed: number;
   warmup: boolean;
@@ -87,6 +91,12 @@ export function benchCommand(): Command {
     .addOption(list('--load-mode <mode>', `where neurons are: ${LOAD_MODES.join(', ')}`, parseName(LOAD_MODES)))
     .addOption(
       new Option('--ablate <steps>', `take steps of streaming away: ${ABLATIONS.join(',')}`).argParser(parseAblations),
+    )
+    .addOption(
+      list('--npu <unit>', `beside the CPU: ${NPU_CHOICES.join(', ')} (default: auto)`, parseName(NPU_CHOICES)),
+    )
+    .addOption(
+      list('--hot-ratio <share>', 'share of the neurons that --npu computes (default: the fastest)', parseNumber(0, 1)),
     )
     .option('-f, --file <file>', 'prompts are the beginning of this UTF-8 text, not random tokens')
     .addOption(
@@ -175,8 +185,8 @@ function listTests({
 /** The product of all lists; the first of them changes slowest. */
 function listCases(models: readonly ModelDirectory[], tests: readonly BenchTest[], flags: BenchFlags): BenchCase[] {
   const { threads = [0], memory = [null], exact = [false], engine = ['pi2'], loadMode = ['auto'], cpu } = flags;
-  return product(models, engine, loadMode, memory, exact, cpu ?? [undefined], threads, tests).map(
-    ([model, engine, loadMode, memory, exact, kernelSet, threads, test]) => ({
+  return product(models, engine, loadMode, memory, exact, cpu ?? [undefined], threads, listUnits(flags), tests).map(
+    ([model, engine, loadMode, memory, exact, kernelSet, threads, unit, test]) => ({
       model,
       test,
       memory,
@@ -185,12 +195,24 @@ function listCases(models: readonly ModelDirectory[], tests: readonly BenchTest[
         loadMode,
         exact,
         threads,
+        ...unit,
         ...(kernelSet === undefined ? {} : { kernelSet }),
         ...(memory === null ? {} : { memory: parseMemory(memory) }),
         ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
       },
     }),
   );
+}
+
+/** Units, each with every ratio; those that have none come once. */
+function listUnits({ npu = ['auto'], hotRatio }: BenchFlags): Pick<EngineOptions, 'npu' | 'hotRatio'>[] {
+  const hasRatio = (unit: NpuChoice) => unit !== 'auto' && unit !== 'none';
+  // Without a unit that ratios could be of, they are refused when the model is opened.
+  const isMixed = npu.some(hasRatio);
+  return npu.flatMap((unit) => {
+    if (hotRatio === undefined || (isMixed && !hasRatio(unit))) return [{ npu: unit }];
+    return hotRatio.map((ratio) => ({ npu: unit, hotRatio: ratio }));
+  });
 }
 
 function product<Lists extends readonly (readonly unknown[])[]>(
@@ -203,8 +225,8 @@ function product<Lists extends readonly (readonly unknown[])[]>(
   return rows as { -readonly [I in keyof Lists]: Lists[I][number] }[];
 }
 
-function givenColumns({ memory, exact, engine, cpu, npl }: BenchFlags): OptionColumn[] {
-  const given = { engine, memory, exact, cpu, npl };
+function givenColumns({ memory, exact, engine, cpu, npu, hotRatio, npl }: BenchFlags): OptionColumn[] {
+  const given = { engine, memory, exact, cpu, npu, hotRatio: hotRatio ?? npu, npl };
   return (Object.keys(given) as (keyof typeof given)[]).filter((name) => given[name] !== undefined);
 }
 

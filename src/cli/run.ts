@@ -24,6 +24,7 @@ import {
   addModelOption,
   addSamplingOptions,
   addTraceOption,
+  addUnitOptions,
   type EngineFlags,
   engineOptions,
   parseInteger,
@@ -63,7 +64,7 @@ export function runCommand(): Command {
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
   addExactOption(addEngineOptions(command));
-  addTraceOption(addEngineChoice(command));
+  addTraceOption(addUnitOptions(addEngineChoice(command)));
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
     .option(

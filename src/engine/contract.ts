@@ -6,6 +6,8 @@
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
 import type { EngineCounters } from './counters.js';
+import type { ReplayCounters, ReplayRequest } from './replay-contract.js';
+import type { NativeUnitCalls, UnitRequest } from './unit-contract.js';
 
 export type NativeErrorCode =
   | 'NATIVE_ARGUMENT'
@@ -13,6 +15,7 @@ export type NativeErrorCode =
   | 'NATIVE_CHECKSUM'
   | 'NATIVE_MEMORY'
   | 'NATIVE_CPU'
+  | 'NATIVE_UNIT'
   | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
@@ -70,6 +73,34 @@ export interface EncodeRowsRequest {
  */
 export interface EncodeColumnsRequest extends EncodeRowsRequest {
   firstElement: number;
+  /**
+   * q4 only: 32 vectors, from the first on, share the scale of each 32 of their elements. The first is a multiple of 32 in its
+   * expert; with `order` the vectors are 0 to some n - 1, each once. The last tile may be short.
+   */
+  tiles: boolean;
+}
+
+/** Where the weights and scales of a matrix begin in a cluster; native/quantize/cluster.h. */
+export interface PackedMatrix {
+  weights: number;
+  scales: number;
+}
+
+/** Neurons of a cluster that become weights of a dense unit, FORMAT.md section 7. */
+export interface PackClusterRequest {
+  /** q4 bundles of `layout`, from the beginning of a unit; the first neuron is in slot `slot` of it. */
+  units: Uint8Array;
+  layout: EngineRequest['layout'];
+  slot: number;
+  neurons: number;
+  /** The same and the zeros behind them: a multiple of 32. */
+  paddedNeurons: number;
+  /** Number of the first in its cluster, a multiple of 32. */
+  first: number;
+  /** The cluster's bytes, zero before the first call. `neurons` of it are a multiple of 32. */
+  target: Uint8Array;
+  parts: { gate?: PackedMatrix; up: PackedMatrix; down: PackedMatrix; neurons: number; hiddenSize: number };
+  threads: number;
 }
 
 /** A number that cannot be stored: NaN or infinite, or too large for f16. Row and column of the source as given. */
@@ -193,6 +224,7 @@ export interface EngineMemory {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  unitBytes: number;
   loadBytes: number;
 }
 
@@ -253,6 +285,8 @@ export interface EngineRequest {
   stream?: StreamRequest;
   /** Absent: every gate is computed. */
   predictor?: PredictorRequest;
+  /** Absent: the CPU computes every neuron. Steps that record what fires are the CPU's alone in any case. */
+  unit?: UnitRequest;
   /**
    * Both files are mapped and every neuron is computed: what is in memory is the page cache's choice. Without `stream` and
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
@@ -308,31 +342,6 @@ export interface StepRequest {
   activations?: Float32Array;
 }
 
-/**
- * Which neurons tokens needed, as steps record it: `fired` and `routed` of `StepRequest`, token behind token. To replay it: of
- * each bank how many neurons are hot and how many cold slots it has, and `firingRates` as of `StreamRequest`.
- */
-export interface ReplayRequest {
-  tokens: number;
-  layerCount: number;
-  expertCount: number;
-  neuronCount: number;
-  fired: Uint8Array;
-  routed: Uint8Array;
-  hotNeurons: number[];
-  coldSlots: number[];
-  firingRates?: Float32Array;
-  /** Tokens before this one fill the cache and are not counted. */
-  countFrom: number;
-}
-
-/** Needed neurons by where the cache had them. */
-export interface ReplayCounters {
-  hotHits: number;
-  coldHits: number;
-  misses: number;
-}
-
 /** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
 export interface NativeTrace {
   records: ArrayBuffer;
@@ -346,7 +355,7 @@ export interface Bandwidths {
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
-export interface NativeEngine {
+export interface NativeEngine extends NativeUnitCalls {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   /**
@@ -374,6 +383,8 @@ export interface NativeAddon {
   traceStages(): string[];
   encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
   encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
+  /** Packs neurons of a cluster for a dense unit. Rejects if Down has not one scale for each tile. */
+  packCluster(request: PackClusterRequest): Promise<void>;
   /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
   decodeRows(request: {
     source: Uint8Array;

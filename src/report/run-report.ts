@@ -15,12 +15,13 @@ import { type PredictorReport, predictorLines, predictorReport } from './predict
 import { describeRoofline, type RooflineReport, rooflineReport } from './roofline.js';
 import { mean, summarize } from './statistics.js';
 import { type StreamReport, streamLines, streamReport } from './stream-report.js';
+import { type UnitReport, unitLines, unitReport } from './unit-report.js';
 
 /**
  * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
  * latency without a second token.
  */
-export interface RunReport extends StreamReport, PredictorReport, RooflineReport {
+export interface RunReport extends StreamReport, PredictorReport, RooflineReport, UnitReport {
   type: 'report';
   model: string;
   family: string;
@@ -119,6 +120,7 @@ export interface RunFacts {
     | 'operatingPoint'
     | 'name'
     | 'ablated'
+    | 'unit'
     | 'batchSize'
   >;
   /** Of a batch: tokens of all, latencies of its steps. */
@@ -194,6 +196,7 @@ export function runReport(facts: RunFacts): RunReport {
       engine.operatingPoint,
       facts.recall,
     ),
+    ...unitReport(facts.countersAfterPrompt, counters, engine),
     ...rooflineReport(facts.countersAfterPrompt, counters, decodeMs, facts.roof),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
@@ -248,6 +251,7 @@ export function formatRunReport(report: RunReport): string {
     ...regionLines(report),
     ...streamLines(report),
     ...predictorLines(report),
+    ...unitLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
     ...rooflineLines(report),
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
