@@ -16,11 +16,14 @@ import { planExtents } from '../converter/steps/extents.js';
 import { cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
 import { loadAddon } from '../src/engine/addon.js';
 import { SKIPPED } from '../src/engine/contract.js';
+import { nativeLayout } from '../src/engine/engine-request.js';
 import { verifyModel } from '../src/engine/verify.js';
 import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
+import { expertBytes } from '../src/format/layout.js';
 import { type ModelDirectory, openModelDirectory, parseManifest } from '../src/format/model-directory.js';
 import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
+import { buildProgram, jsonLines, runCli } from './support/cli.js';
 import { decodedWeights } from './support/decoded-weights.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
@@ -580,4 +583,107 @@ t.test('what a unit cannot take is refused before anything is converted', async 
     code: 'E_UNSUPPORTED',
     message: /hidden size 80 is not a multiple of 32/,
   });
+});
+
+t.test('the commands: convert --npu, inspect, verify', async (t) => {
+  buildProgram();
+  const model = await modelOf('silu by heat');
+  const words = await runCli('inspect', model);
+  t.match(words.stdout, /Down in tiles.*dense unit +[\d.]+ KiB.*clusters 3 of 128 neurons or fewer, .* a bank/s);
+  t.match(words.stdout, /npu\/t128-c3\.onnx +tokens 128, clusters 3, nodes 22, +[\d.]+ KiB, weights [\d.]+ KiB\n/);
+  const [facts] = jsonLines((await runCli('inspect', model, '--json')).stdout);
+  t.match(facts.npu, { cluster_neurons: 128, bank_bytes: Number, graphs: { length: 15 } });
+  t.match(facts.npu.graphs[1], { tokens: 1, clusters: 2, file: 'npu/t1-c2.onnx', nodes: 15, problems: [] });
+  t.match(await runCli('verify', model), { status: 0, stdout: /and 15 graphs/ });
+  const lines = jsonLines((await runCli('verify', model, '--json')).stdout);
+  t.match(lines.at(-1), { ok: true, graphs: 15, wrong_extents: 0 });
+
+  const checkpoint = (await modelOf('drelu')).replace(/\.pi2$/, '');
+  const output = join(scratch, 'command.pi2');
+  const made = await runCli('convert', checkpoint, '-o', output, '--npu');
+  t.match(made, { status: 0, stderr: /neurons, [\d.]+ KiB for a dense unit/ });
+  t.match(await runCli('convert', checkpoint, '-o', output, '--npu', '--quant', 'q8'), {
+    status: 2,
+    stderr: /--npu with --quant q8.*4-bit.*\n.*--quant q4/,
+  });
+});
+
+t.test('the addon packs nothing that is not there', async (t) => {
+  const model = await openModelDirectory(await modelOf('drelu'));
+  const { hyperparameters: h, layout } = model.manifest;
+  const [cluster] = bankLayout(h).clusters;
+  const place = ({ weights, scales }: NpuMatrix) => ({ weights: weights.offset, scales: scales.offset });
+  const parts = {
+    ...{ gate: place(cluster.gate as NpuMatrix), up: place(cluster.up), down: place(cluster.down) },
+    ...{ neurons: cluster.paddedNeurons, hiddenSize: h.hidden_size },
+  };
+  const target = new Uint8Array(cluster.range.bytes);
+  const neurons = cluster.neurons;
+  const units = readFileSync(model.neuronsPath).subarray(0, expertBytes(layout, neurons));
+  const counts = { slot: 0, neurons, paddedNeurons: neurons, first: 0, threads: 2 };
+  const request = { units, layout: nativeLayout(layout), ...counts, target, parts };
+  const { packCluster, encodeColumns } = loadAddon();
+  await packCluster(request);
+  t.ok(Buffer.from(target).equals(bankBytes(model, 0).subarray(0, cluster.range.bytes)), 'what convert made');
+  const lies: object[] = [
+    { units: units.subarray(0, units.length - 1) },
+    { slot: layout.neurons_per_unit },
+    { slot: 1 },
+    { neurons: neurons + 1 },
+    { paddedNeurons: neurons + 1 },
+    { paddedNeurons: neurons + 32 },
+    { first: 32 },
+    { first: 1 },
+    { target: target.subarray(0, -64) },
+    { parts: { ...parts, gate: undefined } },
+    { parts: { ...parts, hiddenSize: h.hidden_size + 32 } },
+    { parts: { ...parts, hiddenSize: 2 ** 52 } },
+    { parts: { ...parts, neurons: 0 } },
+    { parts: { ...parts, up: { weights: 2 ** 52, scales: 0 } } },
+    { parts: { ...parts, down: { weights: 0, scales: target.length } } },
+    { layout: { ...request.layout, part2Bytes: 1 } },
+  ];
+  for (const lie of lies) {
+    await t.rejects(packCluster({ ...request, ...lie }), { code: 'NATIVE_ARGUMENT' }, JSON.stringify(lie).slice(0, 80));
+  }
+  const plain = await openModelDirectory(await convertAgain(model.path, { npu: false }));
+  const untiled = readFileSync(plain.neuronsPath).subarray(0, units.length);
+  await t.rejects(packCluster({ ...request, units: untiled }), { message: /Down is not in tiles/ });
+
+  const source = new Uint8Array(4 * 32 * 64);
+  const placement = {
+    perUnit: 1,
+    unitBytes: 144,
+    weightsOffset: 0,
+    weightsStride: 144,
+    scalesOffset: 128,
+    scalesStride: 144,
+  };
+  const band = {
+    source,
+    sourceType: 'F32',
+    rows: 32,
+    columns: 64,
+    encoding: 'q4',
+    target: new Uint8Array(64 * 144),
+  } as const;
+  const columns = { ...band, placement, firstVector: 0, threads: 1, firstElement: 0, tiles: true };
+  const order = Uint32Array.from({ length: 64 }, (_, i) => i);
+  t.equal(await encodeColumns({ ...columns, order }), null);
+  const twice = order.slice().fill(3, 4, 5);
+  const gap = order.slice().fill(SKIPPED, 4, 5);
+  const far = order.slice().fill(64, 4, 5);
+  for (const lie of [
+    { order: twice },
+    { order: gap },
+    { order: far },
+    { firstVector: 16 },
+    { encoding: 'q8' as const },
+  ]) {
+    await t.rejects(
+      encodeColumns({ ...columns, ...lie }),
+      { code: 'NATIVE_ARGUMENT' },
+      JSON.stringify(lie).slice(0, 80),
+    );
+  }
 });

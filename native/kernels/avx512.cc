@@ -19,6 +19,10 @@ namespace {
 
 /** Columns summed into a tile of y before the next tile: few enough that the next batch's prefetched bytes stay in L2. */
 constexpr size_t kColumnBatch = 16;
+/** The columns that are prefetched for the next batch are read side by side, as so many runs. */
+constexpr size_t kColumnStreams = 4;
+/** A list of so many columns is summed in batches twice as large, read as twice the runs. */
+constexpr size_t kLongList = 512;
 /** Tokens of one matmul tile: two rows by four tokens leave room in 32 registers, and their activations stay in L1. */
 constexpr size_t kTokenTile = 4;
 
@@ -80,32 +84,37 @@ inline Rows rows_from(Rows rows, size_t first) {
 
 /**
  * Into L2. Not non-temporal, though weights are used once a token: Intel's cores bring such lines past L2 through the 16
- * fill buffers of L1, a quarter of what memory gives. A line of scales serves four groups.
+ * fill buffers of L1, a quarter of what memory gives.
+ *
+ * Always inline, as whatever only prefetches: GCC drops calls of a function that has no effect it knows of.
  */
-template <size_t kGroupBytes>
-inline void prefetch_group(const uint8_t* weights, const uint8_t* scales, size_t group) {
-  const char* bytes = reinterpret_cast<const char*>(weights + group * kGroupBytes);
-  for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(bytes + 64 * line, _MM_HINT_T1);
-  if (scales != nullptr && group % 4 == 0) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + group * kGroupScaleBytes), _MM_HINT_T1);
-  }
+[[gnu::always_inline]] inline void prefetch_line(const uint8_t* address) {
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);
 }
 
 /**
- * Prefetches the rows that follow, group by group and row by row, as one sequential stream: DRAM gives a core 40 GB/s in
- * sequence but 25 GB/s as four strided streams.
+ * Prefetches the lines of a vector, one share a call: as many of its bytes as a group has, weights and scales, 144 for q4.
+ * They lie one behind another and are asked for in this order: a core's own prefetcher follows one stream a page.
  */
+template <size_t kShareBytes>
+[[gnu::always_inline]] inline void prefetch_share(const uint8_t* vector, size_t share) {
+  const size_t first = (kShareBytes * share + 63) / 64 * 64;
+  const size_t last = (kShareBytes * (share + 1) - 1) / 64 * 64;
+  for (size_t i = 0; i < kShareBytes; i += 64) {
+    if (i + 64 <= kShareBytes || first + i <= last) prefetch_line(vector + first + i);
+  }
+}
+
+/** Prefetches the f16 rows that follow, group by group and row by row, as one sequential stream. */
 class NextRows {
  public:
   NextRows(Rows rows, size_t groups) : rows_(rows), groups_(groups) {}
 
-  template <size_t kGroupBytes>
   inline void prefetch() {
-    prefetch_group<kGroupBytes>(rows_.weights, rows_.scales, group_);
+    prefetch_share<kF16GroupBytes>(rows_.weights, group_);
     if (++group_ == groups_) {
       group_ = 0;
       rows_.weights += rows_.stride;
-      rows_.scales = rows_.scales == nullptr ? nullptr : rows_.scales + rows_.stride;
     }
   }
 
@@ -151,7 +160,7 @@ constexpr size_t kRowsAhead = 3;
 
 /** Where a row lies. */
 struct Row {
-  const uint8_t* weights;  // null: there is none
+  const uint8_t* weights;
   const uint8_t* scales;
 };
 
@@ -160,10 +169,10 @@ struct Row {
  * several at a time share a page, and the core's own prefetcher follows one stream a page.
  */
 template <class Format>
-inline float row_product(Row row, Row ahead, size_t groups, const QuantizedGroup* x) {
+inline float row_product(Row row, const uint8_t* ahead, size_t groups, const QuantizedGroup* x) {
   __m512 sum = _mm512_setzero_ps();
   for (size_t g = 0; g < groups; g++) {
-    if (ahead.weights != nullptr) prefetch_group<Format::kBytes>(ahead.weights, ahead.scales, g);
+    prefetch_share<Format::kBytes + kGroupScaleBytes>(ahead, g);
     const GroupWeights values = {
         {load_line(x[g].values), load_line(x[g].values + 64), load_line(x[g].values + 128), load_line(x[g].values + 192)}};
     sum = add_group<Format::kOffsetShift>(Format::unpack(row.weights + g * Format::kBytes),
@@ -177,19 +186,22 @@ template <class Format>
 void dot_list(const uint8_t* const* rows, size_t scales_offset, size_t row_count, size_t groups, const QuantizedGroup* x,
               float* y) {
   for (size_t r = 0; r < row_count; r++) {
-    const uint8_t* ahead = r + kRowsAhead < row_count ? rows[r + kRowsAhead] : nullptr;
-    const Row next = ahead == nullptr ? Row{} : Row{ahead, ahead + scales_offset};
-    y[r] = row_product<Format>({rows[r], rows[r] + scales_offset}, next, groups, x);
+    const size_t ahead = r + kRowsAhead < row_count ? r + kRowsAhead : row_count - 1;
+    y[r] = row_product<Format>({rows[r], rows[r] + scales_offset}, rows[ahead], groups, x);
   }
 }
 
 /** Rows of a matrix that are read side by side, far apart: a core's own prefetcher follows each, and has more under way. */
 constexpr size_t kStreams = 4;
-constexpr size_t kRowsAheadInStream = 2;
+/** How far prefetching runs ahead in each, rounded to rows. */
+constexpr size_t kBytesAhead = 3072;
 
-/** One row of each stream, one token; y[s * y_step]. Each sum is that of row_product. */
+/**
+ * One row of each stream, one token, and prefetching of those `ahead` bytes further; streams are `apart` bytes apart.
+ * y[s * y_step]. Each sum is that of row_product.
+ */
 template <class Format>
-inline void row_of_streams(const Row* rows, const Row* ahead, size_t groups, const QuantizedGroup* x, float* y,
+inline void row_of_streams(Row row, size_t apart, size_t ahead, size_t groups, const QuantizedGroup* x, float* y,
                            size_t y_step) {
   __m512 sums[kStreams];
   for (size_t s = 0; s < kStreams; s++) sums[s] = _mm512_setzero_ps();
@@ -199,10 +211,12 @@ inline void row_of_streams(const Row* rows, const Row* ahead, size_t groups, con
     const __m512i offset = load_line(x[g].q4_offset);
     const __m512 x_scales = _mm512_load_ps(x[g].scales);
     for (size_t s = 0; s < kStreams; s++) {
-      if (ahead[s].weights != nullptr) prefetch_group<Format::kBytes>(ahead[s].weights, ahead[s].scales, g);
-      sums[s] = add_group<Format::kOffsetShift>(Format::unpack(rows[s].weights + g * Format::kBytes),
-                                                load_scales(rows[s].scales + g * kGroupScaleBytes), values, offset, x_scales,
-                                                sums[s]);
+      const uint8_t* weights = row.weights + s * apart;
+      const uint8_t* scales = row.scales + s * apart;
+      prefetch_share<Format::kBytes + kGroupScaleBytes>(weights + ahead, g);
+      sums[s] =
+          add_group<Format::kOffsetShift>(Format::unpack(weights + g * Format::kBytes),
+                                          load_scales(scales + g * kGroupScaleBytes), values, offset, x_scales, sums[s]);
     }
   }
   for (size_t s = 0; s < kStreams; s++) y[s * y_step] = _mm512_reduce_add_ps(sums[s]);
@@ -211,20 +225,16 @@ inline void row_of_streams(const Row* rows, const Row* ahead, size_t groups, con
 template <class Format>
 void dot(Rows rows, size_t row_count, size_t groups, const QuantizedGroup* x, float* y) {
   const size_t length = row_count / kStreams;
+  const size_t rows_ahead = kBytesAhead < rows.stride ? 1 : (kBytesAhead + rows.stride / 2) / rows.stride;
   const auto row = [&](size_t r) {
     const Rows at = rows_from(rows, r);
     return Row{at.weights, at.scales};
   };
+  // Behind the last row of a stream begins the next, and behind that of the last stream, most often, the caller's next rows.
   for (size_t r = 0; r < length; r++) {
-    Row of_streams[kStreams];
-    Row ahead[kStreams];
-    for (size_t s = 0; s < kStreams; s++) {
-      of_streams[s] = row(s * length + r);
-      ahead[s] = r + kRowsAheadInStream < length ? row(s * length + r + kRowsAheadInStream) : Row{};
-    }
-    row_of_streams<Format>(of_streams, ahead, groups, x, y + r, length);
+    row_of_streams<Format>(row(r), length * rows.stride, rows_ahead * rows.stride, groups, x, y + r, length);
   }
-  for (size_t r = length * kStreams; r < row_count; r++) y[r] = row_product<Format>(row(r), Row{}, groups, x);
+  for (size_t r = length * kStreams; r < row_count; r++) y[r] = row_product<Format>(row(r), row(r).weights, groups, x);
 }
 
 template <class Format, size_t kTokens>
@@ -260,7 +270,7 @@ inline void tile_f16(Rows rows, size_t groups, const float* x, size_t x_stride, 
   NextRows next(rows_from(rows, kRows), groups);
   for (size_t i = 0; i < groups * kGroup; i += 16) {
     // A row's group is 16 registers: kRows of them are prefetched while kRows groups are summed.
-    if (kTokens == 1 && i % (kGroup / kRows) == 0) next.prefetch<kF16GroupBytes>();
+    if (kTokens == 1 && i % (kGroup / kRows) == 0) next.prefetch();
     for (size_t r = 0; r < kRows; r++) {
       const __m512 w = load_halves(rows.weights + r * rows.stride + 2 * i);
       for (size_t t = 0; t < kTokens; t++) {
@@ -393,35 +403,59 @@ void sort_outputs(float* y, size_t groups) {
 inline __m512 q4_table() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); }
 
 /**
- * Prefetches the columns of the next batch one after another, a group a call: DRAM gives random columns much faster in whole
- * runs than as 128-byte pieces of one column after another.
+ * Prefetches the columns of the next batch, a share of one of them a call: DRAM gives random columns much faster in whole
+ * runs than as 128-byte pieces of one column after another. Runs are read side by side, as a core's prefetcher follows each.
  */
 class ColumnPrefetch {
  public:
-  ColumnPrefetch(const Column* columns, size_t count, size_t group_begin, size_t group_end)
-      : columns_(columns), end_(columns + count), group_begin_(group_begin), group_end_(group_end), group_(group_begin) {}
+  ColumnPrefetch(const Column* columns, size_t count, size_t streams, size_t group_begin, size_t group_end)
+      : columns_(columns),
+        end_(columns + count),
+        streams_(streams),
+        run_((count + streams - 1) / streams),
+        left_(run_ * streams * (group_end - group_begin)),
+        group_begin_(group_begin),
+        groups_(group_end - group_begin) {}
 
-  template <size_t kGroupBytes, bool kScales>
+  template <size_t kGroupBytes, size_t kScaleBytes>
   inline void next() {
-    if (columns_ == end_) return;
-    const char* weights = reinterpret_cast<const char*>(columns_->weights + group_ * kGroupBytes);
-    for (size_t line = 0; line < kGroupBytes / 64; line++) _mm_prefetch(weights + 64 * line, _MM_HINT_T1);
-    // One line of scales serves four groups.
-    if (kScales && (group_ % 4 == 0 || group_ == group_begin_)) {
-      _mm_prefetch(reinterpret_cast<const char*>(columns_->scales + group_ * kGroupScaleBytes), _MM_HINT_T1);
-    }
-    if (++group_ == group_end_) {
-      group_ = group_begin_;
-      columns_++;
-    }
+    if (left_ == 0) return;
+    left_--;
+    const Column* column = columns_ + stream_ * run_;
+    if (column < end_) prefetch<kGroupBytes, kScaleBytes>(*column);
+    if (++stream_ < streams_) return;
+    stream_ = 0;
+    if (++share_ < groups_) return;
+    share_ = 0;
+    columns_++;
   }
 
  private:
+  /** As prefetch_share; but of some groups only, weights and scales are two runs. */
+  template <size_t kGroupBytes, size_t kScaleBytes>
+  [[gnu::always_inline]] inline void prefetch(const Column& column) const {
+    constexpr size_t kShareBytes = kGroupBytes + kScaleBytes;
+    const size_t weight_bytes = groups_ * kGroupBytes;
+    const uint8_t* weights = column.weights + group_begin_ * kGroupBytes;
+    const uint8_t* scales = column.scales + group_begin_ * kScaleBytes;
+    const size_t first = (kShareBytes * share_ + 63) / 64 * 64;
+    const size_t last = (kShareBytes * (share_ + 1) - 1) / 64 * 64;
+    for (size_t i = 0; i < kShareBytes; i += 64) {
+      const size_t byte = first + i;
+      if (i + 64 <= kShareBytes || byte <= last)
+        prefetch_line(byte < weight_bytes ? weights + byte : scales + (byte - weight_bytes));
+    }
+  }
+
   const Column* columns_;
   const Column* end_;
+  size_t streams_;
+  size_t run_;   // columns of a stream
+  size_t left_;  // calls
   size_t group_begin_;
-  size_t group_end_;
-  size_t group_;
+  size_t groups_;
+  size_t stream_ = 0;
+  size_t share_ = 0;
 };
 
 /** Adds `count` columns' group to a tile of 256 outputs in lane order. */
@@ -430,7 +464,7 @@ inline void add_group_q4(const Column* columns, size_t count, ColumnPrefetch& pr
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kQ4GroupBytes, true>();
+    prefetch.next<kQ4GroupBytes, kGroupScaleBytes>();
     const uint8_t* weights = columns[c].weights + group * kQ4GroupBytes;
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
@@ -462,7 +496,7 @@ inline void add_group_q8(const Column* columns, size_t count, ColumnPrefetch& pr
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kQ8GroupBytes, true>();
+    prefetch.next<kQ8GroupBytes, kGroupScaleBytes>();
     const uint8_t* weights = columns[c].weights + group * kQ8GroupBytes;
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
@@ -481,7 +515,7 @@ inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch& p
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kF16GroupBytes, false>();
+    prefetch.next<kF16GroupBytes, 0>();
     const uint8_t* weights = columns[c].weights + group * kF16GroupBytes;
     const __m512 factor = _mm512_set1_ps(columns[c].factor);
     for (size_t v = 0; v < 16; v++) sums[v] = _mm512_fmadd_ps(load_halves(weights + 32 * v), factor, sums[v]);
@@ -491,10 +525,13 @@ inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch& p
 
 template <void (*kAddGroup)(const Column*, size_t, ColumnPrefetch&, size_t, float*)>
 void add_columns(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
-  for (size_t c = 0; c < count; c += kColumnBatch) {
-    const size_t batch = count - c < kColumnBatch ? count - c : kColumnBatch;
+  const size_t widening = count < kLongList ? 1 : 2;
+  const size_t most = widening * kColumnBatch;
+  for (size_t c = 0; c < count; c += most) {
+    const size_t batch = count - c < most ? count - c : most;
     const size_t left = count - c - batch;
-    ColumnPrefetch prefetch(columns + c + batch, left < kColumnBatch ? left : kColumnBatch, group_begin, group_end);
+    ColumnPrefetch prefetch(columns + c + batch, left < most ? left : most, widening * kColumnStreams, group_begin,
+                            group_end);
     for (size_t g = group_begin; g < group_end; g++) kAddGroup(columns + c, batch, prefetch, g, y + g * kGroup);
   }
 }

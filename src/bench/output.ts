@@ -66,6 +66,7 @@ const OPTION_COLUMNS = {
   npu: { title: 'npu', width: 26, cell: (row: BenchRow) => row.npu },
   hotRatio: { title: 'hot', width: 5, cell: (row: BenchRow) => fixed(row.npu_hot_ratios?.[0] ?? null, 2) },
   cpu: { title: 'kernels', width: 7, cell: (row: BenchRow) => row.kernel_set },
+  npl: { title: 'n_pl', width: 4, cell: (row: BenchRow) => String(row.n_pl) },
 } as const satisfies Record<string, Column>;
 export type OptionColumn = keyof typeof OPTION_COLUMNS;
 

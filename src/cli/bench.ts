@@ -31,6 +31,7 @@ interface BenchFlags {
   gen?: number[];
   pg?: PromptAndGen[];
   depth?: number[];
+  npl?: number[];
   repetitions: number;
   threads?: number[];
   memory?: string[];
@@ -54,6 +55,7 @@ interface PromptAndGen {
 }
 
 const REPETITIONS_MAX = 1000;
+const PARALLEL_MAX = 64;
 const DEFAULTS = { prompt: [512], gen: [128] };
 
 /** `bench`: speed of models, as llama-bench measures it. */
@@ -71,6 +73,7 @@ export function benchCommand(): Command {
       new Option('--pg <pp,tg>', '* a prompt and generation behind it as one test; also -pg').argParser(parsePair),
     )
     .addOption(list('-d, --depth <n>', 'positions filled before, not timed (default: 0)', counts))
+    .addOption(list('--npl <n>', 'sequences decoded together; also -npl (default: 1)', parseInteger(1, PARALLEL_MAX)))
     .addOption(
       new Option('-r, --repetitions <n>', 'times that each test is run')
         .argParser(parseInteger(1, REPETITIONS_MAX))
@@ -113,11 +116,13 @@ each on an engine of its own.
 
 pp512 computes a prompt of 512 tokens, in batches; tg128 generates 128 tokens, each drawn from what the model says
 (llama-bench feeds random ones, but which neurons fire depends on the text), from an empty context; choosing them is
-not timed. t/s is mean ± standard deviation of -r runs. Columns behind it: docs/PERFORMANCE.md.
+not timed. t/s is mean ± standard deviation of -r runs; with -npl 4 it is of four sequences that are decoded together,
+as llama-batched-bench has them, each with a prompt of its own. Columns behind it: docs/PERFORMANCE.md.
 
 Examples:
   powerinfer2 bench -m bamboo.pi2
   powerinfer2 bench -m bamboo.pi2 -p 0 -n 64 --memory 2G,3G,4G --exact 0,1
+  powerinfer2 bench -m bamboo.pi2 -p 0 -n 64 -npl 1,2,4
   powerinfer2 bench -m bamboo.pi2 -p 128,512 -n 0 -t 1,2 -r 3 -o jsonl`,
     );
   return command.action(bench);
@@ -158,13 +163,19 @@ async function bench(flags: BenchFlags): Promise<void> {
 }
 
 /** Prompts first, then generation, then both, at each depth. */
-function listTests({ prompt = DEFAULTS.prompt, gen = DEFAULTS.gen, pg = [], depth = [0] }: BenchFlags): BenchTest[] {
+function listTests({
+  prompt = DEFAULTS.prompt,
+  gen = DEFAULTS.gen,
+  pg = [],
+  depth = [0],
+  npl = [1],
+}: BenchFlags): BenchTest[] {
   const tests = depth.flatMap((of) =>
     [
       ...prompt.map((promptTokens) => ({ promptTokens, generatedTokens: 0 })),
       ...gen.map((generatedTokens) => ({ promptTokens: 0, generatedTokens })),
       ...pg,
-    ].map((test) => ({ ...test, depth: of })),
+    ].flatMap((test) => npl.map((sequences) => ({ ...test, depth: of, sequences }))),
   );
   const wanted = tests.filter(({ promptTokens, generatedTokens }) => promptTokens + generatedTokens > 0);
   if (wanted.length === 0) throw new Pi2Error('E_USAGE', 'there is nothing to measure', 'give -p, -n or --pg');
@@ -214,8 +225,8 @@ function product<Lists extends readonly (readonly unknown[])[]>(
   return rows as { -readonly [I in keyof Lists]: Lists[I][number] }[];
 }
 
-function givenColumns({ memory, exact, engine, cpu, npu, hotRatio }: BenchFlags): OptionColumn[] {
-  const given = { engine, memory, exact, cpu, npu, hotRatio: hotRatio ?? npu };
+function givenColumns({ memory, exact, engine, cpu, npu, hotRatio, npl }: BenchFlags): OptionColumn[] {
+  const given = { engine, memory, exact, cpu, npu, hotRatio: hotRatio ?? npu, npl };
   return (Object.keys(given) as (keyof typeof given)[]).filter((name) => given[name] !== undefined);
 }
 
