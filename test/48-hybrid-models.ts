@@ -6,6 +6,7 @@ import { Engine, type EngineOptions } from '../src/engine/engine.js';
 import { likeliest } from '../src/engine/sampler.js';
 import { type ModelDirectory, openModelDirectory } from '../src/format/model-directory.js';
 import { clusterNeurons } from '../src/format/npu.js';
+import { findOnnxruntime } from '../src/npu/onnxruntime-library.js';
 import { buildProgram, jsonLines, runCli } from './support/cli.js';
 import { REPOSITORY, SHARED_MODEL_NAMES, sharedModel } from './support/shared.js';
 
@@ -31,9 +32,9 @@ async function greedy(model: ModelDirectory, options: Partial<EngineOptions>) {
   }
 }
 
-async function makeTrained(name: string, checkpoint: string): Promise<ModelDirectory> {
+async function makeTrained(name: string, checkpoint: string, npu = false): Promise<ModelDirectory> {
   const output = join(scratch, `${name}.pi2`);
-  const request = { checkpoint, output, quantization: 'q4', maxMemoryBytes: 2 ** 31, force: true } as const;
+  const request = { checkpoint, output, quantization: 'q4', maxMemoryBytes: 2 ** 31, force: true, npu } as const;
   await convert(request, () => {}, new AbortController().signal);
   return openModelDirectory(output);
 }
@@ -70,6 +71,23 @@ t.test('trained models: the same greedy tokens for every ratio, in memory and fr
       `${name}: with what was measured to be fastest, ${measured.unit?.hotRatios}`,
     );
   }
+});
+
+const library = findOnnxruntime();
+const skip = library.includes('/') ? false : 'the package onnxruntime-node is not installed';
+t.test('ONNX Runtime beside the CPU: the same greedy tokens for every ratio', { skip }, async (t) => {
+  const model = await makeTrained('demo-npu', join(REPOSITORY, 'demo', 'stories-drelu'), true);
+  const alone = await greedy(model, {});
+  for (const hotRatio of [0, 0.25, 0.5, 1]) {
+    for (const options of [{ threads: 1 }, {}, { loadMode: 'direct' as const }]) {
+      const hybrid = await greedy(model, { npu: 'onnxruntime', hotRatio, ...options });
+      const what = `ratio ${hotRatio}, ${JSON.stringify(options)}`;
+      t.strictSame(hybrid.tokens, alone.tokens, what);
+      t.match(hybrid.unit?.name, /^onnxruntime \d+\.\d+\.\d+, cpu$/);
+      t.equal((hybrid.counters.unit?.jobs ?? 0) > 0, hotRatio > 0, `${what}: the unit computes`);
+    }
+  }
+  t.strictSame((await greedy(model, { npu: 'onnxruntime:cpu' })).tokens, alone.tokens, 'measured');
 });
 
 t.test('a budget: the hot region holds the clusters, or the ratio is lowered in words', async (t) => {
