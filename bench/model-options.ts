@@ -10,6 +10,7 @@ export interface ModelFlags {
   shape: Shape;
   statistics?: Setting;
   quant: QuantizationName;
+  npu?: boolean;
   checkpoint?: boolean;
   large?: boolean;
 }
@@ -22,16 +23,18 @@ export function addModelOptions(command: Command): Command {
     .addOption(shape.argParser(shapeOf).default(SHAPES[0], SHAPES[0].name))
     .option('--statistics <name>', statistics, parseSetting)
     .addOption(new Option('--quant <kind>', 'how weights are stored').choices(QUANTIZATIONS).default('q4'))
+    .option('--npu', 'with graphs and weights for a dense unit')
     .option('--checkpoint', 'through a checkpoint on disk (14.5 GB for 7B), so that conversion is measured')
     .option('--large', 'allow shapes of tens of gigabytes');
 }
 
 /** What the options ask for. */
-export function requestOf({ shape, statistics, quant, checkpoint, large }: ModelFlags): ModelRequest {
+export function requestOf({ shape, statistics, quant, npu, checkpoint, large }: ModelFlags): ModelRequest {
   return {
     shape,
     setting: statistics,
     quantization: quant,
+    withGraphs: npu === true,
     withCheckpoint: checkpoint === true,
     isLargeAllowed: large === true,
   };

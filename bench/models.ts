@@ -47,6 +47,8 @@ export interface ModelRequest {
   /** How neurons of a sparse shape fire; not given: as published. */
   setting?: Setting;
   quantization: QuantizationName;
+  /** With what a dense unit needs: `convert --npu`. Default: without. */
+  withGraphs?: boolean;
   /** Write the checkpoint to disk and convert it with the program, so that conversion is measured. */
   withCheckpoint: boolean;
   /** Allows large shapes. */
@@ -74,14 +76,15 @@ export async function prepareSynthetic(
   log: (line: string) => void,
   directory = CACHE,
 ): Promise<PreparedModel> {
-  const { shape, quantization, withCheckpoint } = request;
+  const { shape, quantization, withCheckpoint, withGraphs = false } = request;
   const setting = settingOf(request);
   const suffix = setting === null ? '' : `-${setting}`;
   const checkpoint = new SyntheticCheckpoint(
     { shape, setting, seed: SEED },
     join(directory, `synthetic-${shape.name}${suffix}`),
   );
-  const name = join(directory, `synthetic-${shape.name}-${quantization}${suffix}`);
+  const graphs = withGraphs ? '-npu' : '';
+  const name = join(directory, `synthetic-${shape.name}-${quantization}${suffix}${graphs}`);
   const path = `${name}.pi2`;
   const statisticsPath = `${name}.statistics.json`;
   if (await isThere(path, setting === null ? null : statisticsPath, checkpoint)) {
@@ -104,10 +107,10 @@ export async function prepareSynthetic(
     if (await generateCheckpoint(checkpoint)) generationSeconds = (performance.now() - start) / 1000;
     made.push(checkpoint.directory);
     log(`converting it to ${path}`);
-    conversion = await runConvert(checkpoint.directory, path, quantization, profile);
+    conversion = await runConvert(checkpoint.directory, path, quantization, profile, withGraphs);
   } else {
     log(`making ${path}`);
-    const options = { checkpoint: checkpoint.directory, output: path, quantization, force: true };
+    const options = { checkpoint: checkpoint.directory, output: path, quantization, npu: withGraphs, force: true };
     const limits = { maxMemoryBytes: MEMORY_BYTES, predictor: 'none' as const };
     const order = profile === null ? {} : { profile };
     await convertFrom(
@@ -142,18 +145,22 @@ function settingOf({ shape, setting }: ModelRequest): Setting | null {
  * disk of `directory` (`E_DISK_FULL`).
  */
 export async function requireRoom(
-  { shape, quantization, withCheckpoint, isLargeAllowed }: ModelRequest,
+  { shape, quantization, withCheckpoint, withGraphs, isLargeAllowed }: ModelRequest,
   checkpoint: SyntheticCheckpoint,
   directory: string,
   free: (directory: string) => Promise<number> = freeBytes,
 ): Promise<void> {
   const { model } = checkpoint;
-  const plan = planExtents(model, recipeFor(quantization, model.hyperparameters.tied_embeddings));
+  const plan = planExtents(model, recipeFor(quantization, model.hyperparameters.tied_embeddings, withGraphs));
   const { layerCount, hiddenSize, neuronCount, expertCount = 1 } = shape;
   const rank = checkpoint.stream?.rank ?? 0;
   const predictors = layerCount * expertCount * predictorBytes({ hiddenSize, neuronCount, rank }, PREDICTOR_ENCODINGS);
   const bytes =
-    plan.residentBytes + plan.neuronsBytes + (rank > 0 ? predictors : 0) + (withCheckpoint ? checkpoint.totalBytes : 0);
+    plan.residentBytes +
+    plan.neuronsBytes +
+    plan.npuBytes +
+    (rank > 0 ? predictors : 0) +
+    (withCheckpoint ? checkpoint.totalBytes : 0);
   const needed = `${shape.name} takes ${formatBytes(bytes)} (${bytes} bytes) of disk in ${directory}`;
   if (shape.isLarge && !isLargeAllowed) throw new Pi2Error('E_USAGE', needed, 'give --large if that is wanted');
   const available = await free(directory);
@@ -184,7 +191,7 @@ export async function prepareDemo(quantization: QuantizationName, log: (line: st
   if (existsSync(join(path, MANIFEST_FILE))) return { path, made: [], generationSeconds: null, conversion: null };
   await mkdir(CACHE, { recursive: true });
   log(`converting to ${path}`);
-  const conversion = await runConvert(DEMO, path, quantization, null);
+  const conversion = await runConvert(DEMO, path, quantization, null, false);
   return { path, made: [path], generationSeconds: null, conversion };
 }
 
@@ -194,10 +201,13 @@ async function runConvert(
   output: string,
   quantization: QuantizationName,
   profile: string | null,
+  withGraphs: boolean,
 ): Promise<Conversion> {
   const program = join(PACKAGE_ROOT, 'bin', 'powerinfer2.js');
   const order = profile === null ? [] : ['--profile', profile];
-  const args = [program, 'convert', checkpoint, '-o', output, '--quant', quantization, '--force', '--json', ...order];
+  const graphs = withGraphs ? ['--npu'] : [];
+  const wanted = ['-o', output, '--quant', quantization, ...order, ...graphs];
+  const args = [program, 'convert', checkpoint, ...wanted, '--force', '--json'];
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] });
   let text = '';
   child.stdout.setEncoding('utf8').on('data', (piece: string) => {
