@@ -13,14 +13,14 @@ import { lintGraph } from '../converter/graph/lint.js';
 import { makeGraph } from '../converter/graph/onnx.js';
 import { recipeFor } from '../converter/quantize/recipe.js';
 import { planExtents } from '../converter/steps/extents.js';
-import { cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
+import { bundlePlacement, cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
 import { loadAddon } from '../src/engine/addon.js';
 import { SKIPPED } from '../src/engine/contract.js';
 import { nativeLayout } from '../src/engine/engine-request.js';
 import { verifyModel } from '../src/engine/verify.js';
 import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
-import { expertBytes } from '../src/format/layout.js';
+import { chooseBundleLayout, expertBytes } from '../src/format/layout.js';
 import { type ModelDirectory, openModelDirectory, parseManifest } from '../src/format/model-directory.js';
 import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
 import { buildProgram, jsonLines, runCli } from './support/cli.js';
@@ -686,4 +686,75 @@ t.test('the addon packs nothing that is not there', async (t) => {
       JSON.stringify(lie).slice(0, 80),
     );
   }
+});
+
+t.test('whatever the shape, and however a cluster is cut, packing keeps every number', async () => {
+  const { encodeRows, encodeColumns, decodeRows, packCluster } = loadAddon();
+  const shapes = fc.record({
+    blocks: fc.integer({ min: 1, max: 11 }),
+    neurons: fc.integer({ min: 1, max: 300 }),
+    gated: fc.boolean(),
+    tilesAtOnce: fc.integer({ min: 1, max: 5 }),
+    threads: fc.integer({ min: 1, max: 3 }),
+    seed: fc.nat(),
+  });
+  await fc.assert(
+    fc.asyncProperty(shapes, async ({ blocks, neurons, gated, tilesAtOnce, threads, seed }) => {
+      const ffn = { gated, activation: 'relu', threshold: 0, bias: false } as const;
+      const h = { hidden_size: 32 * blocks, neuron_count: neurons, ffn } as Hyperparameters;
+      const layout = chooseBundleLayout('q4', h.hidden_size, gated ? 3 : 2);
+      const bundles = new Uint8Array(expertBytes(layout, neurons));
+      const random = new Random(seed);
+      const common = { sourceType: 'F32', encoding: 'q4', target: bundles, firstVector: 0, threads: 1 } as const;
+      const matrices: Float32Array[] = [];
+      for (let m = 0; m < layout.matrices; m++) {
+        const source = Float32Array.from({ length: neurons * h.hidden_size }, () => random.normal());
+        const request = {
+          ...common,
+          placement: bundlePlacement(layout, 'q4', h.hidden_size, m),
+          source: new Uint8Array(source.buffer),
+        };
+        const isDown = m === layout.matrices - 1;
+        if (isDown)
+          await encodeColumns({ ...request, rows: h.hidden_size, columns: neurons, firstElement: 0, tiles: true });
+        else await encodeRows({ ...request, rows: neurons, columns: h.hidden_size });
+        const { placement } = request;
+        matrices.push(
+          decodeRows({ source: bundles, rows: neurons, columns: h.hidden_size, encoding: 'q4', placement }),
+        );
+      }
+      const vectors = matrices.at(-1) as Float32Array;
+      const down = new Float32Array(vectors.length);
+      for (let i = 0; i < down.length; i++)
+        down[(i % h.hidden_size) * neurons + Math.floor(i / h.hidden_size)] = vectors[i];
+      const bank: Bank = { gate: gated ? matrices[0] : null, up: matrices[gated ? 1 : 0], down, upBias: null };
+      const { clusters, bytes } = bankLayout(h);
+      const packed = new Uint8Array(bytes);
+      for (const cluster of clusters) {
+        const { range, gate, up, paddedNeurons } = cluster;
+        const place = ({ weights, scales }: NpuMatrix) => ({
+          weights: weights.offset - range.offset,
+          scales: scales.offset - range.offset,
+        });
+        const parts = { ...(gate ? { gate: place(gate) } : {}), up: place(up), down: place(cluster.down) };
+        for (let first = 0; first < paddedNeurons; first += 32 * tilesAtOnce) {
+          const padded = Math.min(32 * tilesAtOnce, paddedNeurons - first);
+          const start = cluster.firstNeuron + first;
+          await packCluster({
+            units: bundles.subarray(Math.floor(start / layout.neurons_per_unit) * layout.unit_bytes),
+            layout: nativeLayout(layout),
+            slot: start % layout.neurons_per_unit,
+            neurons: Math.min(padded, cluster.neurons - first),
+            paddedNeurons: padded,
+            first,
+            target: packed.subarray(range.offset, range.offset + range.bytes),
+            parts: { ...parts, neurons: paddedNeurons, hiddenSize: h.hidden_size },
+            threads,
+          });
+        }
+      }
+      return clusters.every((cluster) => differences(packed, bank, cluster, h) === 0);
+    }),
+    { numRuns: 60 },
+  );
 });
