@@ -11,14 +11,14 @@
     {
       "target_name": "quantize",
       "type": "static_library",
-      "sources": ["native/quantize/encode.cc"],
+      "sources": ["native/quantize/encode.cc", "native/quantize/cluster.cc"],
       "cflags_cc": ["-ffp-contract=off"],
     },
     {
       "target_name": "core",
       "type": "static_library",
       "sources": [
-        "<!@(ls native/base/*.cc native/storage/*.cc native/cache/*.cc native/engine/*.cc native/predictor/*.cc | grep -v _test.cc)",
+        "<!@(ls native/base/*.cc native/storage/*.cc native/cache/*.cc native/engine/*.cc native/npu/*.cc native/predictor/*.cc | grep -v _test.cc)",
         "native/kernels/dispatch.cc",
       ],
     },

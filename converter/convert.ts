@@ -8,15 +8,19 @@ import {
   FORMAT_VERSION,
   MANIFEST_FILE,
   NEURONS_FILE,
+  type NpuEntry,
   type QuantizationName,
   RESIDENT_FILE,
 } from '../src/format/manifest.js';
+import { NPU_WEIGHTS_FILE } from '../src/format/npu.js';
 import { readTextFile } from '../src/text/text-file.js';
 import { type Heat, openHeat, writeHeat } from './activation/heat.js';
 import { checkpointDigest, isWeightFile, requireCheckpoint } from './activation/profile.js';
 import { profileStatistics } from './activation/statistics.js';
 import { Checkpoint } from './checkpoint/checkpoint.js';
 import type { TensorSource } from './checkpoint/tensor-source.js';
+import { makeNpu, requireInt4, requireWholeBlocks } from './graph/npu.js';
+import { packBytes } from './graph/pack.js';
 import { choosePredictor, type PredictorChoice, type PredictorMode, type Quality } from './predictor/choice.js';
 import { makePredictor } from './predictor/predictor.js';
 import { type Recipe, recipeFor } from './quantize/recipe.js';
@@ -25,7 +29,7 @@ import { checkUnchanged, type SourceState } from './sources.js';
 import { conversionOrder, type Plan, planExtents } from './steps/extents.js';
 import { divideMemory } from './steps/memory.js';
 import { cutPieces, encodedBytes, type Piece } from './steps/pieces.js';
-import { runPieces, type Workshop } from './steps/run-pieces.js';
+import { runPieces, targetBuffers, type Workshop } from './steps/run-pieces.js';
 import { Journal, type JournalHeader, type Progress } from './write/journal.js';
 import { Lock } from './write/lock.js';
 import { CONVERTER, makeManifest } from './write/manifest.js';
@@ -49,6 +53,8 @@ export interface ConvertOptions {
   predictor?: PredictorMode;
   /** How much perplexity it may cost. Default `1%`. */
   quality?: Quality;
+  /** Whether to make graphs and weights for a dense unit, too. q4 only. Default: no. */
+  npu?: boolean;
 }
 
 /** What a conversion tells while it runs. */
@@ -94,12 +100,14 @@ export async function convertFrom(
 ): Promise<ConvertResult> {
   const path = resolve(options.output ?? `${basename(resolve(options.checkpoint)) || 'model'}.pi2`);
   await checkOutputName(path);
+  if (options.npu) requireInt4(options.quantization);
   const output = new Output(path);
   const lock = await Lock.take(output.lockPath);
   try {
     await output.checkFree(options.force);
     const checkpoint = await open();
     try {
+      if (options.npu) requireWholeBlocks(checkpoint.model.hyperparameters);
       const { predictor = 'auto', quality = '1%', calibration } = options;
       const choice = choosePredictor(checkpoint, predictor, quality, calibration !== undefined);
       const heat = await openHeat({
@@ -109,7 +117,7 @@ export async function convertFrom(
         convertPlain: async (plain) => {
           await convertFrom(
             open,
-            { ...options, output: plain, force: true, calibration: undefined, predictor: 'none' },
+            { ...options, output: plain, force: true, calibration: undefined, predictor: 'none', npu: false },
             onEvent,
             signal,
           );
@@ -143,7 +151,7 @@ async function convertCheckpoint(
 ): Promise<ConvertResult> {
   const started = performance.now();
   const { model, directory } = checkpoint;
-  const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings);
+  const recipe = recipeFor(options.quantization, model.hyperparameters.tied_embeddings, options.npu);
   const states = await checkpoint.states();
   const textBytes = sum(
     states.filter((state) => checkpoint.textFiles.includes(state.file)).map((state) => state.bytes),
@@ -152,14 +160,18 @@ async function convertCheckpoint(
   const plan = planExtents(model, recipe, heat?.order);
   const orderedNeurons = sum((heat?.order ?? []).map((order) => order.length));
   const usedBytes = process.memoryUsage.rss() + PLAN_BYTES_PER_NEURON * orderedNeurons;
-  const limits = divideMemory(plan, options.maxMemoryBytes, usedBytes);
+  const leastBytes = packBytes(plan, model.hyperparameters);
+  const limits = divideMemory(plan, options.maxMemoryBytes, usedBytes, leastBytes);
   const profileBytes = heat?.bytes.length ?? 0;
-  await output.checkSpace(plan.residentBytes + plan.neuronsBytes + textBytes + profileBytes + SPARE_DISK_BYTES);
+  await output.checkSpace(
+    plan.residentBytes + plan.neuronsBytes + plan.npuBytes + textBytes + profileBytes + SPARE_DISK_BYTES,
+  );
   const { journal, progress } = await openJournal(output, plan, recipe, directory, states, heat, choice, onEvent);
   const resumed = progress.pieces.size + progress.hashes.size > 0;
   let convertedBytes = 0;
+  let npu: NpuEntry | null = null;
   try {
-    const targets: Workshop['files'] = {
+    const files: Workshop['files'] = {
       [RESIDENT_FILE]: await OutputFile.open(output.partial(RESIDENT_FILE)),
       [NEURONS_FILE]: await OutputFile.open(output.partial(NEURONS_FILE)),
     };
@@ -167,6 +179,7 @@ async function convertCheckpoint(
       const pieces = conversionOrder(plan).flatMap((extent) =>
         cutPieces(extent, progress.pieces.get(extent.name)?.done ?? 0, limits),
       );
+      const targets = targetBuffers(pieces, leastBytes);
       const meter = new Meter(plan, pieces, onEvent);
       if (resumed) onEvent({ type: 'note', text: `continuing: ${meter.percent} % were converted before` });
       await together(signal, [
@@ -174,7 +187,8 @@ async function convertCheckpoint(
           runPieces(pieces, {
             addon: loadAddon(),
             checkpoint,
-            files: targets,
+            files,
+            targets,
             journal,
             progress,
             threads: availableParallelism(),
@@ -184,13 +198,23 @@ async function convertCheckpoint(
         (stop) => hashSources(checkpoint, states, progress, journal, heat, stop),
       ]);
       convertedBytes = meter.convertedBytes;
+      if (options.npu) {
+        meter.step('making weights and graphs for a dense unit');
+        const shop = { addon: loadAddon(), files, targets, journal, progress, threads: availableParallelism() };
+        await together(signal, [
+          async (stop) => {
+            npu = await makeNpu(plan, model.hyperparameters, output, { ...shop, signal: stop });
+          },
+        ]);
+      }
       meter.step('finishing');
-      await writeHeat(plan, heat, targets[RESIDENT_FILE], output);
-      await checkSizes(plan, targets);
+      await writeHeat(plan, heat, files[RESIDENT_FILE], output);
+      await files[RESIDENT_FILE].requireSize(plan.residentBytes);
+      await files[NEURONS_FILE].requireSize(plan.neuronsBytes);
       for (const file of checkpoint.textFiles) await copySynced(join(directory, file), output.partial(file));
       await checkUnchanged(checkpoint, states);
     } finally {
-      for (const file of Object.values(targets)) await file.close();
+      for (const file of Object.values(files)) await file.close();
     }
   } finally {
     await journal.close();
@@ -203,6 +227,7 @@ async function convertCheckpoint(
     progress,
     sources: states.map(({ file, bytes }) => ({ file, bytes, sha256: progress.hashes.get(file) as string })),
     heat,
+    npu,
   };
   const made =
     choice &&
@@ -222,6 +247,7 @@ async function convertCheckpoint(
   if (options.calibration !== undefined) await output.removeCalibration();
   await output.publish();
 
+  const npuBytes = plan.npuBytes + sum((manifest.npu?.graphs ?? []).map((graph) => graph.bytes));
   const seconds = (performance.now() - started) / 1000;
   return {
     output: output.path,
@@ -229,12 +255,14 @@ async function convertCheckpoint(
     bytes:
       plan.residentBytes +
       plan.neuronsBytes +
+      npuBytes +
       (predictor?.bytes ?? 0) +
       textBytes +
       profileBytes +
       Buffer.byteLength(manifestText),
     residentBytes: plan.residentBytes,
     neuronsBytes: plan.neuronsBytes,
+    npuBytes,
     bitsPerWeight: bitsPerWeight(plan),
     seconds,
     sourceBytes: convertedBytes,
@@ -297,9 +325,11 @@ async function openJournal(
 
 /** Whether every recorded byte can be there: the journal speaks of this plan, and the files are long enough. */
 async function holdsWhatIsRecorded(output: Output, plan: Plan, progress: Progress): Promise<boolean> {
-  const sizes = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0 };
-  for (const file of [RESIDENT_FILE, NEURONS_FILE] as const) sizes[file] = await output.partialSize(file);
-  const extents = new Map(conversionOrder(plan).map((extent) => [extent.name, extent]));
+  const sizes = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0, [NPU_WEIGHTS_FILE]: 0 };
+  for (const file of [RESIDENT_FILE, NEURONS_FILE, NPU_WEIGHTS_FILE] as const) {
+    sizes[file] = await output.partialSize(file);
+  }
+  const extents = new Map([...conversionOrder(plan), ...plan.npu].map((extent) => [extent.name, extent]));
   for (const { extent: name, done } of progress.pieces.values()) {
     const extent = extents.get(name);
     if (!extent || done > extent.bytes || extent.offset + done > sizes[extent.file]) return false;
@@ -335,21 +365,6 @@ async function hashSources(
     requireCheckpoint(heat.profile, digest, heat.path, directory);
   }
   for (const state of states) await hash(state);
-}
-
-/** The same check that readers make, before the directory gets its name. */
-async function checkSizes(plan: Plan, files: Workshop['files']): Promise<void> {
-  const sizes = { [RESIDENT_FILE]: plan.residentBytes, [NEURONS_FILE]: plan.neuronsBytes };
-  for (const file of [RESIDENT_FILE, NEURONS_FILE] as const) {
-    const size = await files[file].size();
-    if (size !== sizes[file]) {
-      throw new Pi2Error(
-        'E_IO',
-        `${file} has ${size} bytes in place of ${sizes[file]}`,
-        'another program has written to it: remove the .partial directory and convert again',
-      );
-    }
-  }
 }
 
 /** Runs tasks until all are done or one fails, which stops the others; returns when none runs any more. */

@@ -19,6 +19,8 @@ export interface ConvertResult {
   bytes: number;
   residentBytes: number;
   neuronsBytes: number;
+  /** Of what is there for a dense unit: weights and graphs. */
+  npuBytes: number;
   bitsPerWeight: BitsPerWeight;
   seconds: number;
   /** Bytes of weights that this run read and encoded; fewer than all when it continued an earlier one. */

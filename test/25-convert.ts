@@ -86,8 +86,12 @@ function hashOf(path: string): string {
 
 /** sha256 of every file of a directory, by name. */
 function digest(directory: string): Record<string, string> {
-  const files = readdirSync(directory).sort();
-  return Object.fromEntries(files.map((file) => [file, hashOf(join(directory, file))]));
+  const files = readdirSync(directory, { recursive: true, encoding: 'utf8' }).sort();
+  return Object.fromEntries(
+    files
+      .filter((file) => statSync(join(directory, file)).isFile())
+      .map((file) => [file, hashOf(join(directory, file))]),
+  );
 }
 
 function readManifest(directory: string): Manifest {
@@ -237,8 +241,9 @@ async function checkModel(t: Test, checkpointDirectory: string, directory: strin
     'resident.bin': readFileSync(join(directory, 'resident.bin')),
     'neurons.bin': readFileSync(join(directory, 'neurons.bin')),
     'predictor.bin': manifest.predictor ? readFileSync(join(directory, 'predictor.bin')) : Buffer.alloc(0),
+    'npu/weights.bin': manifest.npu ? readFileSync(join(directory, 'npu/weights.bin')) : Buffer.alloc(0),
   };
-  const ends = { 'resident.bin': 0, 'neurons.bin': 0, 'predictor.bin': 0 };
+  const ends = { 'resident.bin': 0, 'neurons.bin': 0, 'predictor.bin': 0, 'npu/weights.bin': 0 };
   const extents = new Map(manifest.extents.map((extent) => [extent.name, extent]));
   const bytesOf = (name: string) => {
     const { file, offset, bytes } = extents.get(name)!;
@@ -654,25 +659,27 @@ t.test('the command, as a process', async (t) => {
 
   await t.test('killed at any moment, the same command continues to the same bytes', async (t) => {
     const output = join(newDirectory(), 'killed.pi2');
+    const withUnit = digest((await convertHere(checkpoint, { npu: true })).output);
     const began = performance.now();
     await run([checkpoint, '-o', join(newDirectory(), 'timed.pi2')]);
     const duration = performance.now() - began;
     let kills = 0;
     let continued = 0;
-    for (let round = 0; round < 6; round++) {
+    for (let round = 0; round < 8; round++) {
+      const flags = round % 2 === 0 ? [] : ['--npu'];
       for (let attempt = 0; attempt < 3 && !existsSync(output); attempt++) {
-        const child = start([checkpoint, '-o', output]);
+        const child = start([checkpoint, '-o', output, ...flags]);
         const timer = setTimeout(() => child.kill('SIGKILL'), duration * (0.25 + 0.75 * Math.random()));
         await new Promise((resolve) => child.on('exit', resolve));
         clearTimeout(timer);
         if (child.signalCode === 'SIGKILL') kills++;
       }
       if (!existsSync(output)) {
-        const last = await run([checkpoint, '-o', output]);
+        const last = await run([checkpoint, '-o', output, ...flags]);
         if (last.status !== 0) t.fail(last.stderr);
         if (/continuing/.test(last.stderr)) continued++;
       }
-      t.same(digest(output), expected, `round ${round}`);
+      t.same(digest(output), round % 2 === 0 ? expected : withUnit, `round ${round}`);
       t.strictSame(
         readdirSync(join(output, '..')).filter((name) => !name.endsWith('.lock')),
         ['killed.pi2'],
@@ -707,14 +714,14 @@ t.test('the command, as a process', async (t) => {
     const large = makeSparse(join(newDirectory(), 'large'), shape);
     const bytes = statSync(join(large, 'model.safetensors')).size;
     const digests: Record<string, string>[] = [];
-    for (const ceiling of [176, 256]) {
+    for (const [ceiling, ...flags] of [[176], [256], [176, '--npu']]) {
       const output = join(newDirectory(), 'capped.pi2');
-      const { status, stderr } = await run([large, '-o', output, '--max-ram', `${ceiling}M`]);
+      const { status, stderr } = await run([large, '-o', output, '--max-ram', `${ceiling}M`, ...flags.map(String)]);
       const peak = Number(/peak of the process: (\d+)/.exec(stderr)?.[1]);
       t.equal(status, 0, stderr);
       const mebibytes = (n: number) => `${Math.round(n / MEBIBYTE)} MiB`;
-      const what = `${mebibytes(bytes)} within ${ceiling} MiB: peak ${mebibytes(peak)}`;
-      t.ok(peak > 0 && peak <= ceiling * MEBIBYTE && bytes > 2 * ceiling * MEBIBYTE, what);
+      const what = `${mebibytes(bytes)} within ${[ceiling, ...flags].join(' MiB, ')}: peak ${mebibytes(peak)}`;
+      t.ok(peak > 0 && peak <= Number(ceiling) * MEBIBYTE && bytes > 2 * Number(ceiling) * MEBIBYTE, what);
       digests.push(digest(output));
     }
     t.same(digests[0], digests[1]);
@@ -770,7 +777,7 @@ function makeSparse(
 
 t.test('help and flags', async (t) => {
   const help = convertCommand().helpInformation();
-  for (const flag of ['--output', '--quant', '--max-ram', '--force', '--json', 'q4', '2G']) {
+  for (const flag of ['--output', '--quant', '--max-ram', '--npu', '--force', '--json', 'q4', '2G']) {
     t.ok(help.includes(flag), flag);
   }
   const refuse = (...args: string[]) => {

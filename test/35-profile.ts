@@ -6,13 +6,7 @@ import fc from 'fast-check';
 import t from 'tap';
 import { FiringCounter } from '../converter/activation/counter.js';
 import { heatOrder } from '../converter/activation/heat-order.js';
-import {
-  type ActivationProfile,
-  checkpointDigest,
-  emptyProfile,
-  layerCounts,
-  mergeProfiles,
-} from '../converter/activation/profile.js';
+import { type ActivationProfile, emptyProfile, layerCounts, mergeProfiles } from '../converter/activation/profile.js';
 import { decodeProfile, encodeProfile, readProfile, writeProfile } from '../converter/activation/profile-file.js';
 import { cutText, profileWindows } from '../converter/activation/profiler.js';
 import { profileStatistics } from '../converter/activation/statistics.js';
@@ -35,6 +29,7 @@ import { compileProgram } from './support/compiled.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { MODEL_VOCABULARY } from './support/models.js';
 import { Random } from './support/numbers.js';
+import { writeRandomProfile } from './support/profiles.js';
 import { needsShared, REPOSITORY, sharedModel } from './support/shared.js';
 import { byteLevelTokenizer, writeTokenizer } from './support/tokenizers.js';
 
@@ -82,16 +77,8 @@ async function profileText(modelPath: string, text: string, context: number, chu
 }
 
 /** A profile of a model's checkpoint whose counts are random: it sorts its neurons at random. */
-async function randomProfile(modelPath: string, seed: number): Promise<string> {
-  const { hyperparameters: h, provenance } = (await openModelDirectory(modelPath)).manifest;
-  const profile = emptyProfile(profileShape(h), checkpointDigest(h, provenance.sources));
-  const random = new Random(seed);
-  profile.batches = [100, 100, 100, 100];
-  profile.texts = [{ sha256: '0'.repeat(64), tokens: 100 }];
-  for (let i = 0; i < profile.fired.length; i++) profile.fired[i] = Math.floor(100 * random.uniform());
-  const path = newPath('random.profile');
-  await writeProfile(path, profile);
-  return path;
+function randomProfile(modelPath: string, seed: number): Promise<string> {
+  return writeRandomProfile(modelPath, newPath('random.profile'), seed);
 }
 
 const digest = (directory: string) =>

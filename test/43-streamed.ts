@@ -16,6 +16,7 @@ import { CHUNK_NEURONS } from '../src/plan/keep-order.js';
 import { buildProgram, finish, jsonLines, runCli, startCli } from './support/cli.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
+import { oneRun } from './support/one-run.js';
 import { REPOSITORY, SHARED_MODEL_NAMES, sharedModel } from './support/shared.js';
 
 const addon = loadAddon();
@@ -47,7 +48,7 @@ async function trace(engine: NativeEngine, vocab: number, count: number, onFault
     const logits = new Float32Array(vocab * (all ? tokens.length : 1));
     for (;;) {
       try {
-        await engine.step({ tokens, position, logits, all });
+        await engine.step({ ...oneRun(tokens, position), logits, all });
         break;
       } catch (error) {
         onFault(error);

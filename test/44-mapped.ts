@@ -10,6 +10,7 @@ import { openModelDirectory } from '../src/format/model-directory.js';
 import { buildProgram, finish, jsonLines, runCli, startCli } from './support/cli.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { MODEL_VOCABULARY, makeModel } from './support/models.js';
+import { oneRun } from './support/one-run.js';
 
 const addon = loadAddon();
 const scratch = t.testdir();
@@ -58,7 +59,7 @@ async function run(request: EngineRequest, piece: number): Promise<Buffer> {
     const end = position + tokens.length;
     const rows = logits.subarray(position * vocabSize, end * vocabSize);
     const bits = fired.subarray(position * firedBytes, end * firedBytes);
-    await engine.step({ tokens, position, logits: rows, all: true, fired: bits });
+    await engine.step({ ...oneRun(tokens, position), logits: rows, all: true, fired: bits });
   }
   await engine.close();
   return Buffer.concat([Buffer.from(logits.buffer), fired]);
@@ -91,7 +92,7 @@ t.test('every weight is read for every token, and none of its memory is the engi
   const request = await requestOf(directories[0], 'mmap');
   const engine = await addon.openEngine(request);
   const logits = new Float32Array(request.vocabSize);
-  await engine.step({ tokens: Int32Array.of(1), position: 0, logits, all: false });
+  await engine.step({ ...oneRun(Int32Array.of(1), 0), logits, all: false });
   const { weightBytes, kvBytes, scratchBytes, weightBytesRead, majorFaults } = engine.counters();
   await engine.close();
   t.match(addon.memoryNeeded(request), { weightBytes, kvBytes, scratchBytes });
@@ -99,7 +100,7 @@ t.test('every weight is read for every token, and none of its memory is the engi
   t.ok(majorFaults >= 0);
   const neurons = request.layerCount * request.neuronCount * (request.layout.part1Bytes + request.layout.part2Bytes);
   const resident = await addon.openEngine(await requestOf(directories[0], 'pi2'));
-  await resident.step({ tokens: Int32Array.of(1), position: 0, logits, all: false });
+  await resident.step({ ...oneRun(Int32Array.of(1), 0), logits, all: false });
   const sparse = resident.counters();
   await resident.close();
   t.ok(weightBytesRead > neurons && sparse.weightBytesRead < weightBytesRead);
@@ -125,7 +126,7 @@ t.test('a wrong byte is found at open; a file shortened later fails every step, 
     writeFileSync(file, intact);
     const engine = await addon.openEngine(request);
     const logits = new Float32Array(request.vocabSize);
-    const step = () => engine.step({ tokens: Int32Array.of(1), position: 0, logits, all: false });
+    const step = () => engine.step({ ...oneRun(Int32Array.of(1), 0), logits, all: false });
     await step();
     truncateSync(file, 4096);
     const words = /(neurons|resident)\.bin could not be read any more: it was shortened, or the device failed/;
@@ -134,7 +135,7 @@ t.test('a wrong byte is found at open; a file shortened later fails every step, 
     await t.rejects(step(), { code: 'NATIVE_IO', message: words }, 'what was lost stays lost');
     await engine.close();
     const again = await addon.openEngine(request);
-    await again.step({ tokens: Int32Array.of(1), position: 0, logits, all: false });
+    await again.step({ ...oneRun(Int32Array.of(1), 0), logits, all: false });
     await again.close();
     truncateSync(file, 4096);
     await t.rejects(addon.openEngine(request), { code: 'NATIVE_IO', message: /ends before/ }, 'at open');

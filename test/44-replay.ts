@@ -10,6 +10,7 @@ import type { EngineRequest, StreamRequest } from '../src/engine/contract.js';
 import { Engine } from '../src/engine/engine.js';
 import { openModelDirectory } from '../src/format/model-directory.js';
 import { makeModel } from './support/models.js';
+import { oneRun } from './support/one-run.js';
 
 const addon = loadAddon();
 const scratch = t.testdir();
@@ -278,7 +279,7 @@ t.test('replay counts what the engine counts, on the same tokens with the same p
         const stream: StreamRequest = { residentGates: fill(neuronCount), ...kept, stagingBytes: 1 << 18, ...flash };
         const streamed = await addon.openEngine({ ...resident, stream });
         const step = (tokens: Int32Array, position: number, logits: Float32Array) =>
-          streamed.step({ tokens, position, logits, all: false });
+          streamed.step({ ...oneRun(tokens, position), logits, all: false });
         t.ok((await decode({ step }, window, vocabSize)).equals(expected), 'and computes what the resident one does');
         const { hotHits, coldHits, misses } = streamed.counters().stream ?? {};
         await streamed.close();

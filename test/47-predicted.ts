@@ -14,6 +14,7 @@ import { Oracle } from './oracle/forward.js';
 import { decodedWeights } from './support/decoded-weights.js';
 import type { CheckpointOptions } from './support/make-checkpoint.js';
 import { MODEL_VOCABULARY, makeModel } from './support/models.js';
+import { oneRun } from './support/one-run.js';
 import { type RandomPredictorOptions, randomPredictor, scoreFunction } from './support/predictor.js';
 
 const addon = loadAddon();
@@ -55,7 +56,7 @@ async function run(request: EngineRequest, piece = TOKENS.length, exact = false)
     for (let position = 0; position < TOKENS.length; position += piece) {
       const tokens = Int32Array.from(TOKENS.slice(position, position + piece));
       const rows = logits.subarray(position * vocabSize, (position + tokens.length) * vocabSize);
-      await engine.step({ tokens, position, logits: rows, all: true, exact });
+      await engine.step({ ...oneRun(tokens, position), logits: rows, all: true, exact });
     }
     return { logits, counters: engine.counters() };
   } finally {
@@ -204,7 +205,7 @@ t.test('streamed: a read that fails or ends early in either phase: words, and th
         for (let position = 0; position < TOKENS.length; ) {
           const row = logits.subarray(position * request.vocabSize, (position + 1) * request.vocabSize);
           try {
-            await engine.step({ tokens: Int32Array.of(TOKENS[position]), position, logits: row, all: false });
+            await engine.step({ ...oneRun(Int32Array.of(TOKENS[position]), position), logits: row, all: false });
             position++;
           } catch (error) {
             failures++;

@@ -1,4 +1,5 @@
 import type { QuantizationName } from '../../src/format/manifest.js';
+import { DOWN_TILE } from '../../src/format/npu.js';
 
 /** Encodings that hold matrices; vectors and the router are always f32. */
 export type MatrixEncoding = 'f16' | 'q8' | 'q4';
@@ -12,6 +13,8 @@ export interface Recipe {
   embedding: MatrixEncoding;
   /** When embeddings are tied, the embedding is the head and its encoding counts. */
   head: MatrixEncoding;
+  /** For a dense unit: neurons that share a scale of Down. */
+  down_tiles?: typeof DOWN_TILE;
 }
 
 /**
@@ -33,8 +36,8 @@ export const RECIPES: Readonly<Record<QuantizationName, Recipe>> = {
   f16: { name: 'f16', ffn: 'f16', attention: 'f16', embedding: 'f16', head: 'f16' },
 };
 
-/** The recipe for a model: tied embeddings have one encoding for both uses. */
-export function recipeFor(name: QuantizationName, tiedEmbeddings: boolean): Recipe {
-  const recipe = RECIPES[name];
+/** The recipe for a model: tied embeddings have one encoding for both uses. With `npu` (q4 only) a dense unit can read it. */
+export function recipeFor(name: QuantizationName, tiedEmbeddings: boolean, npu = false): Recipe {
+  const recipe: Recipe = npu ? { ...RECIPES[name], down_tiles: DOWN_TILE } : RECIPES[name];
   return tiedEmbeddings ? { ...recipe, head: recipe.embedding } : recipe;
 }

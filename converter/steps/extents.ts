@@ -1,8 +1,9 @@
 import { Pi2Error } from '../../src/base/error.js';
 import { type Encoding, rowBytes } from '../../src/format/encoding.js';
-import { expertCount } from '../../src/format/hyperparameters.js';
+import { expertCount, type Hyperparameters } from '../../src/format/hyperparameters.js';
 import { type BundleLayout, chooseBundleLayout, expertBytes, roundUpToPage } from '../../src/format/layout.js';
 import { type Extent, NEURONS_FILE, RESIDENT_FILE, type TensorEntry } from '../../src/format/manifest.js';
+import { bankExtent, bankLayout, NPU_WEIGHTS_FILE } from '../../src/format/npu.js';
 import type { HeatOrder } from '../activation/heat-order.js';
 import type { SourceExpert, SourceLayer, SourceModel, SourceTensor } from '../checkpoint/model.js';
 import type { MatrixEncoding, Recipe } from '../quantize/recipe.js';
@@ -12,8 +13,11 @@ export const TENSOR_ALIGNMENT = 64;
 /** A neuron's checksums: CRC-32 of part 1 and of part 2. */
 export const CHECKSUM_BYTES = 8;
 
-/** What conversion step by step fills; a predictor's file is written whole, later. */
-type Place = Omit<Extent, 'crc32' | 'file'> & { file: typeof RESIDENT_FILE | typeof NEURONS_FILE };
+/** What conversion fills step by step; a predictor's file is written whole, later. */
+type StepFile = typeof RESIDENT_FILE | typeof NEURONS_FILE | typeof NPU_WEIGHTS_FILE;
+type Place<File extends StepFile = typeof RESIDENT_FILE | typeof NEURONS_FILE> = Omit<Extent, 'crc32' | 'file'> & {
+  file: File;
+};
 
 /** A tensor to be, and the rows of the checkpoint it is made of. */
 export interface PlannedTensor extends Omit<TensorEntry, 'encoding'> {
@@ -39,6 +43,8 @@ export interface NeuronExtent extends Place {
   encoding: MatrixEncoding;
   layout: BundleLayout;
   checksums: ChecksumExtent;
+  /** Whether 32 neurons share a scale of Down. */
+  tiles: boolean;
   /** [experts x neurons]: bundle j of an expert is neuron `order[j]` of the checkpoint; null when it is neuron j. */
   order: Uint32Array | null;
 }
@@ -56,14 +62,23 @@ export interface HeatOrderExtent extends Place {
   order: Uint32Array;
 }
 
+/** One bank's weights for a dense unit, made of its bundles once they are written. */
+export interface NpuExtent extends Place<typeof NPU_WEIGHTS_FILE> {
+  layer: number;
+  expert: number;
+}
+
 /** Where every byte of the model directory will be, decided before the first is written. */
 export interface Plan {
   /** In order of file and offset. */
   resident: (TensorExtent | ChecksumExtent | HeatOrderExtent)[];
   neurons: NeuronExtent[];
+  /** None without `npu/`. */
+  npu: NpuExtent[];
   layout: BundleLayout;
   residentBytes: number;
   neuronsBytes: number;
+  npuBytes: number;
   /** Bytes of the checkpoint that are read to be encoded. */
   sourceBytes: number;
 }
@@ -87,15 +102,15 @@ export function planExtents(model: SourceModel, recipe: Recipe, order: HeatOrder
     const { tensor, skippedRows } = model.position_embedding;
     embedding.add('position_embedding', tensor, recipe.embedding, skippedRows);
   }
-  residentExtents.push(resident.tensorExtent(embedding));
+  residentExtents.push(tensorExtent(resident, embedding));
   model.layers.forEach((layer, l) => {
-    residentExtents.push(resident.tensorExtent(planAttention(layer, `layers.${l}`, recipe, order?.[l])));
+    residentExtents.push(tensorExtent(resident, planAttention(layer, `layers.${l}`, recipe, order?.[l])));
   });
   const head = new TensorPlanner('head');
   head.add('output_norm', model.output_norm, 'f32');
   head.add('output_norm_bias', model.output_norm_bias, 'f32');
   head.add('head', model.head, recipe.head);
-  residentExtents.push(resident.tensorExtent(head));
+  residentExtents.push(tensorExtent(resident, head));
 
   const bundles = expertCount(h) * h.neuron_count;
   const neuronExtents = model.layers.map((layer, l): NeuronExtent => {
@@ -115,6 +130,7 @@ export function planExtents(model: SourceModel, recipe: Recipe, order: HeatOrder
       hiddenSize: h.hidden_size,
       encoding: recipe.ffn,
       layout,
+      tiles: recipe.down_tiles !== undefined,
       checksums,
       order: order?.[l] ?? null,
     };
@@ -126,14 +142,25 @@ export function planExtents(model: SourceModel, recipe: Recipe, order: HeatOrder
     const tensor = { name, extent: name, offset: 0, bytes, encoding: 'u32', rows, columns } as const;
     residentExtents.push({ kind: 'heat_order', ...resident.extent(name, bytes), tensor, order: layerOrder });
   }
+  const npu = new FilePlanner(NPU_WEIGHTS_FILE);
   return {
     resident: residentExtents,
     neurons: neuronExtents,
+    npu: recipe.down_tiles === undefined ? [] : planBanks(h, npu),
     layout,
     residentBytes: resident.end,
     neuronsBytes: neurons.end,
+    npuBytes: npu.end,
     sourceBytes: sourceBytes(residentExtents, neuronExtents),
   };
+}
+
+function planBanks(h: Hyperparameters, file: FilePlanner<typeof NPU_WEIGHTS_FILE>): NpuExtent[] {
+  const { bytes } = bankLayout(h);
+  return Array.from({ length: h.layer_count * expertCount(h) }, (_, bank) => {
+    const [layer, expert] = [Math.floor(bank / expertCount(h)), bank % expertCount(h)];
+    return { ...file.extent(bankExtent(layer, expert), bytes), layer, expert };
+  });
 }
 
 /** Extents in the order they are converted: layer by layer, as checkpoints store them, so that they are read nearly in order. */
@@ -183,13 +210,13 @@ class TensorPlanner {
 }
 
 /** Puts extents one behind another into a file, each on a page of its own. */
-class FilePlanner {
+class FilePlanner<File extends StepFile> {
   /** Size of the file. */
   end = 0;
 
-  constructor(readonly file: Place['file']) {}
+  constructor(readonly file: File) {}
 
-  extent(name: string, bytes: number): Place {
+  extent(name: string, bytes: number): Place<File> {
     const offset = this.end;
     this.end = offset + roundUpToPage(bytes);
     if (!Number.isSafeInteger(this.end)) {
@@ -197,10 +224,10 @@ class FilePlanner {
     }
     return { name, file: this.file, offset, bytes };
   }
+}
 
-  tensorExtent(planner: TensorPlanner): TensorExtent {
-    return { kind: 'tensors', ...this.extent(planner.name, planner.bytes), tensors: planner.tensors };
-  }
+function tensorExtent(file: FilePlanner<typeof RESIDENT_FILE>, planner: TensorPlanner): TensorExtent {
+  return { kind: 'tensors', ...file.extent(planner.name, planner.bytes), tensors: planner.tensors };
 }
 
 function sourceBytes(resident: Plan['resident'], neurons: NeuronExtent[]): number {

@@ -16,10 +16,11 @@ const LEAST_PIECE_BYTES = 2 * 1024 * 1024;
 /**
  * Divides a memory ceiling: `usedBytes` are resident before conversion begins; of the rest, beyond overhead, two chunks
  * (one is read while the other is encoded) and two pieces (one is written while the other is filled) are made.
- * Throws `E_MEMORY` with the least ceiling that would do.
+ * Throws `E_MEMORY` with the least ceiling that would do. A piece's memory is used again for something that takes
+ * `packBytes`.
  */
-export function divideMemory(plan: Plan, ceilingBytes: number, usedBytes: number): Limits {
-  const least = { pieceBytes: LEAST_PIECE_BYTES, chunkBytes: LEAST_CHUNK_BYTES };
+export function divideMemory(plan: Plan, ceilingBytes: number, usedBytes: number, packBytes: number): Limits {
+  const least = { pieceBytes: Math.max(packBytes, LEAST_PIECE_BYTES), chunkBytes: LEAST_CHUNK_BYTES };
   for (const extent of conversionOrder(plan)) {
     const { pieceBytes, chunkBytes } = leastLimits(extent);
     least.pieceBytes = Math.max(least.pieceBytes, pieceBytes);

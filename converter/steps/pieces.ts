@@ -1,6 +1,7 @@
 import { type Placement, SKIPPED } from '../../src/engine/contract.js';
 import { type Encoding, GROUP, rowBytes, scaleBytes, weightBytes } from '../../src/format/encoding.js';
 import { type BundleLayout, expertBytes } from '../../src/format/layout.js';
+import { DOWN_TILE } from '../../src/format/npu.js';
 import type { SourceTensor } from '../checkpoint/model.js';
 import {
   CHECKSUM_BYTES,
@@ -36,6 +37,8 @@ export interface Load {
   firstVector: number;
   /** In heat order: the vector that each row (column) read becomes, `SKIPPED` for columns that belong to other pieces. */
   order?: Uint32Array;
+  /** Of columns: whether 32 vectors share a scale. */
+  tiles: boolean;
   /** In heat order: the rows to read, ascending, in place of `firstRow` and those after it. */
   rowList?: Uint32Array;
 }
@@ -72,13 +75,27 @@ export function cutPieces(extent: TensorExtent | NeuronExtent, done: number, lim
   return extent.kind === 'tensors' ? cutTensors(extent, done, limits) : cutNeurons(extent, done, limits);
 }
 
-/** The least limits that an extent can be converted within: one row, one unit, one band of one column. */
+/** Units that a piece is made of: one, or with tiles as many as hold whole ones. */
+function wholeUnits({ layout: { neurons_per_unit: perUnit }, tiles }: NeuronExtent): number {
+  let units = 1;
+  while (tiles && (units * perUnit) % DOWN_TILE !== 0) units++;
+  return units;
+}
+
+/**
+ * The least limits that an extent can be converted within: one row, one unit, one band of one column. With tiles the neurons of
+ * one belong together; in heat order their columns may be any.
+ */
 export function leastLimits(extent: TensorExtent | NeuronExtent): Limits {
   if (extent.kind === 'neurons') {
     const most = Math.max(
       ...extent.experts.flatMap((e) => [e.gate, e.up, e.down]).map((m) => (m ? numberBytes(m) : 0)),
     );
-    return { pieceBytes: extent.layout.unit_bytes, chunkBytes: most * Math.max(extent.hiddenSize, GROUP) };
+    const columns = !extent.tiles ? 1 : extent.order ? extent.neuronCount : DOWN_TILE;
+    return {
+      pieceBytes: wholeUnits(extent) * extent.layout.unit_bytes,
+      chunkBytes: most * Math.max(extent.hiddenSize, GROUP * columns),
+    };
   }
   return {
     pieceBytes:
@@ -142,6 +159,7 @@ function cutTensors(extent: TensorExtent, done: number, limits: Limits): Piece[]
           end: cutter.end - cutter.begin,
           placement: rowPlacement(tensor.encoding, tensor.columns),
           firstVector: first - row,
+          tiles: false,
         });
       }
       row += rows;
@@ -165,6 +183,7 @@ function orderedVector(tensor: PlannedTensor, order: Uint32Array, begin: number)
     placement: rowPlacement(tensor.encoding, 1),
     firstVector: 0,
     order: vectorsOf(order, tensor.columns),
+    tiles: false,
   };
 }
 
@@ -172,8 +191,10 @@ function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[]
   const { layout, neuronCount } = extent;
   const perUnit = layout.neurons_per_unit;
   const bytesPerExpert = expertBytes(layout, neuronCount);
-  const mostUnits = Math.floor(limits.pieceBytes / layout.unit_bytes);
-  if (done % layout.unit_bytes !== 0 || mostUnits < 1) throw new RangeError(`${extent.name}: cannot begin at ${done}`);
+  const whole = wholeUnits(extent);
+  const mostUnits = Math.floor(limits.pieceBytes / layout.unit_bytes / whole) * whole;
+  const isBorder = done === extent.bytes || ((done % bytesPerExpert) / layout.unit_bytes) % whole === 0;
+  if (!isBorder || mostUnits < 1) throw new RangeError(`${extent.name}: cannot begin at ${done}`);
   const cutter = new Cutter(extent, done);
   for (const [e, expert] of extent.experts.entries()) {
     const units = bytesPerExpert / layout.unit_bytes;
@@ -192,14 +213,17 @@ function cutNeurons(extent: NeuronExtent, done: number, limits: Limits): Piece[]
       const scattered = extent.order && scatter(extent.order.subarray(start, start + neurons), neuronCount);
       const matrices = [expert.gate, expert.up, expert.down].filter((matrix) => matrix !== undefined);
       for (const [m, source] of matrices.entries()) {
-        const common = { source, encoding: extent.encoding, begin: range.begin, end: range.end };
+        const isDown = source === expert.down;
+        const tiles = isDown && extent.tiles;
+        const common = { source, encoding: extent.encoding, begin: range.begin, end: range.end, tiles };
         const placement = bundlePlacement(layout, extent.encoding, extent.hiddenSize, m);
         if (scattered) {
-          for (const load of scatteredLoads(extent, scattered, source === expert.down, limits.chunkBytes, source)) {
+          for (const load of scatteredLoads(extent, scattered, isDown, limits.chunkBytes, source)) {
             cutter.load({ ...common, ...load, placement });
           }
-        } else if (source === expert.down) {
-          for (const band of bands(extent.hiddenSize, neurons, limits.chunkBytes, numberBytes(source))) {
+        } else if (isDown) {
+          const multiple = tiles ? DOWN_TILE : 1;
+          for (const band of bands(extent.hiddenSize, neurons, limits.chunkBytes, numberBytes(source), multiple)) {
             cutter.load({
               ...common,
               ...band,
@@ -267,7 +291,8 @@ function* scatteredLoads(
   Pick<Load, 'firstRow' | 'rows' | 'firstColumn' | 'columns' | 'vectors' | 'firstVector' | 'order' | 'rowList'>
 > {
   if (isDown) {
-    for (const band of bands(extent.hiddenSize, extent.neuronCount, chunkBytes, numberBytes(source))) {
+    const multiple = extent.tiles ? extent.neuronCount : 1;
+    for (const band of bands(extent.hiddenSize, extent.neuronCount, chunkBytes, numberBytes(source), multiple)) {
       const order = columns.subarray(band.firstColumn, band.firstColumn + band.columns);
       if (order.some((vector) => vector !== SKIPPED)) yield { ...band, vectors: 'columns', firstVector: 0, order };
     }
@@ -313,10 +338,10 @@ export function rowPlacement(encoding: Encoding, columns: number): Placement {
   };
 }
 
-/** Rectangles of Down [hidden x neurons]: whole groups of rows, all columns where the chunk allows it. */
-function bands(hiddenSize: number, neurons: number, chunkBytes: number, bytesPerNumber: number) {
+/** Rectangles of Down [hidden x neurons]: whole groups of rows, all columns where the chunk allows it, else a multiple. */
+function bands(hiddenSize: number, neurons: number, chunkBytes: number, bytesPerNumber: number, multiple: number) {
   const bandBytes = GROUP * bytesPerNumber;
-  const columns = Math.min(neurons, Math.floor(chunkBytes / bandBytes));
+  const columns = Math.min(neurons, Math.floor(chunkBytes / bandBytes / multiple) * multiple);
   const groups = Math.floor(chunkBytes / (bandBytes * columns));
   const rectangles: Pick<Load, 'firstRow' | 'rows' | 'firstColumn' | 'columns'>[] = [];
   for (const [firstRow, rows] of runs(0, hiddenSize, groups * GROUP)) {

@@ -4,7 +4,7 @@ import { nativeLayout } from '../../src/engine/engine-request.js';
 import { roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
 import type { TensorSource } from '../checkpoint/tensor-source.js';
-import type { Journal, PieceRecord, Progress } from '../write/journal.js';
+import { crc32Text, type Journal, type PieceRecord, type Progress, seedOf } from '../write/journal.js';
 import type { OutputFile } from '../write/output.js';
 import type { NeuronExtent } from './extents.js';
 import { checksumRange, encodedBytes, type Load, type Piece } from './pieces.js';
@@ -18,10 +18,18 @@ export interface Workshop {
   journal: Journal;
   /** Records so far; gets those to come. */
   progress: Progress;
+  /** Two, as `targetBuffers` makes them. */
+  targets: readonly Buffer[];
   threads: number;
   signal: AbortSignal;
   /** Hears of every load that was encoded: its piece and the bytes of the source that were. */
   onLoad: (piece: Piece, bytes: number) => void;
+}
+
+/** Two buffers that each hold any of the pieces, and `leastBytes`. */
+export function targetBuffers(pieces: readonly Piece[], leastBytes: number): Buffer[] {
+  const bytes = Math.max(leastBytes, ...pieces.map((piece) => paddedEnd(piece) - piece.begin));
+  return [Buffer.allocUnsafeSlow(bytes), Buffer.allocUnsafeSlow(bytes)];
 }
 
 /**
@@ -30,8 +38,6 @@ export interface Workshop {
  * journal has recorded stays good.
  */
 export async function runPieces(pieces: readonly Piece[], shop: Workshop): Promise<void> {
-  const pieceBytes = Math.max(0, ...pieces.map((piece) => paddedEnd(piece) - piece.begin));
-  const targets = Array.from({ length: Math.min(2, pieces.length) }, () => Buffer.allocUnsafeSlow(pieceBytes));
   const reader = new ReadAhead(
     shop.checkpoint,
     pieces.flatMap((piece) => piece.loads),
@@ -39,7 +45,7 @@ export async function runPieces(pieces: readonly Piece[], shop: Workshop): Promi
   let finishing: Promise<void> = Promise.resolve();
   try {
     for (const [p, piece] of pieces.entries()) {
-      const target = targets[p % 2].subarray(0, paddedEnd(piece) - piece.begin);
+      const target = shop.targets[p % 2].subarray(0, paddedEnd(piece) - piece.begin);
       target.fill(0);
       for (const load of piece.loads) {
         shop.signal.throwIfAborted();
@@ -74,7 +80,7 @@ async function encode(load: Load, source: Uint8Array, target: Uint8Array, shop: 
   const bad =
     load.vectors === 'rows'
       ? await shop.addon.encodeRows(request)
-      : await shop.addon.encodeColumns({ ...request, firstElement: load.firstRow });
+      : await shop.addon.encodeColumns({ ...request, firstElement: load.firstRow, tiles: load.tiles });
   if (bad) throw badNumberError(load, bad);
 }
 
@@ -142,15 +148,6 @@ async function fillChecksums(
 /** The end of a piece in its extent, with the zeros that fill the extent's last page. */
 function paddedEnd(piece: Piece): number {
   return piece.end === piece.extent.bytes ? roundUpToPage(piece.end) : piece.end;
-}
-
-/** A CRC-32 as manifest and journal write it. */
-function crc32Text(crc: number): string {
-  return (crc >>> 0).toString(16).padStart(8, '0');
-}
-
-function seedOf(text: string | undefined): number {
-  return text ? Number.parseInt(text, 16) : 0;
 }
 
 function badNumberError(load: Load, bad: BadNumber): Pi2Error {

@@ -10,7 +10,7 @@ const headerSchema = z.strictObject({
   journal: z.literal(1),
   format_version: z.number(),
   converter: z.string(),
-  recipe: z.record(z.string(), z.string()),
+  recipe: z.record(z.string(), z.union([z.string(), z.number()])),
   /** sha256 of the activation profile that neurons are sorted by; null for the order of the checkpoint. */
   profile: z.string().nullable(),
   /** Where predictors come from, and the text they are made with; null for none. */
@@ -125,6 +125,16 @@ export class Journal {
   }
 }
 
+/** A CRC-32 as manifest and journal write it. */
+export function crc32Text(crc: number): string {
+  return (crc >>> 0).toString(16).padStart(8, '0');
+}
+
+/** What a CRC-32 continues from: the one before, or nothing. */
+export function seedOf(text: string | undefined): number {
+  return text ? Number.parseInt(text, 16) : 0;
+}
+
 function parse(line: string): unknown {
   try {
     return JSON.parse(line);
@@ -137,6 +147,9 @@ function compareHeaders(found: JournalHeader, wanted: JournalHeader): string | n
   const same = (key: keyof JournalHeader) => JSON.stringify(found[key]) === JSON.stringify(wanted[key]);
   if (!same('format_version') || !same('converter')) return 'it was begun by another version of this program';
   if (!same('checkpoint')) return `it was begun from ${found.checkpoint}`;
+  if (found.recipe.name === wanted.recipe.name && found.recipe.down_tiles !== wanted.recipe.down_tiles) {
+    return found.recipe.down_tiles === undefined ? 'it was begun without --npu' : 'it was begun with --npu';
+  }
   if (!same('recipe')) return `it was begun with --quant ${found.recipe.name ?? 'of another kind'}`;
   if (!same('profile')) {
     return found.profile === null ? 'it was begun without a profile' : 'it was begun with another profile';

@@ -1,7 +1,13 @@
 import { crc32 } from 'node:zlib';
 import { PROGRAM_VERSION } from '../../src/base/version.js';
 import type { Hyperparameters } from '../../src/format/hyperparameters.js';
-import { type Extent, FORMAT_VERSION, type Manifest, manifestSchema } from '../../src/format/manifest.js';
+import {
+  type Extent,
+  FORMAT_VERSION,
+  type Manifest,
+  manifestSchema,
+  type NpuEntry,
+} from '../../src/format/manifest.js';
 import { type Heat, orderBytes } from '../activation/heat.js';
 import type { MadePredictor } from '../predictor/predictor.js';
 import type { Recipe } from '../quantize/recipe.js';
@@ -21,11 +27,12 @@ export function makeManifest(parts: {
   sources: Manifest['provenance']['sources'];
   heat: Heat | null;
   predictor: MadePredictor | null;
+  npu: NpuEntry | null;
 }): Manifest {
   const { plan, progress, heat, predictor } = parts;
   const extents: Extent[] = [];
   const tensors: Manifest['tensors'] = [];
-  for (const { name, file, offset, bytes } of [...plan.resident, ...plan.neurons]) {
+  for (const { name, file, offset, bytes } of [...plan.resident, ...plan.neurons, ...plan.npu]) {
     extents.push({ name, file, offset, bytes, crc32: progress.pieces.get(name)?.crc32 ?? '' });
   }
   for (const neurons of plan.neurons) {
@@ -49,6 +56,7 @@ export function makeManifest(parts: {
       ? { tokens: heat.profile.batches[0], profile_bytes: heat.bytes.length, profile_sha256: heat.sha256 }
       : 'identity',
     ...(predictor ? { predictor: predictor.entry } : {}),
+    ...(parts.npu ? { npu: parts.npu } : {}),
     extents: [...extents, ...(predictor?.extents ?? [])],
     tensors: [...tensors, ...(predictor?.tensors ?? [])],
     provenance: {

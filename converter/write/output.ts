@@ -67,6 +67,13 @@ export class Output {
     }
   }
 
+  /** Makes a folder in the partial directory, if it is not there. */
+  async makeFolder(name: string): Promise<void> {
+    await mkdir(this.partial(name), { recursive: true }).catch((error) => {
+      throw fileError(error, 'make', this.partial(name));
+    });
+  }
+
   partial(file: string): string {
     return join(this.partialPath, file);
   }
@@ -96,7 +103,7 @@ export class Output {
   async checkSpace(neededBytes: number): Promise<void> {
     const { bavail, bsize } = await statfs(dirname(this.path));
     let held = 0;
-    const files = await readdir(this.partialPath).catch(() => []);
+    const files = await readdir(this.partialPath, { recursive: true }).catch(() => []);
     for (const file of files) held += (await lstat(this.partial(file))).blocks * 512;
     const missing = neededBytes - held;
     if (missing > bavail * bsize) {
@@ -111,6 +118,9 @@ export class Output {
   /** Gives the finished directory its name. An existing model is put aside first and removed last. */
   async publish(): Promise<void> {
     try {
+      for (const file of await readdir(this.partialPath, { withFileTypes: true })) {
+        if (file.isDirectory()) await syncDirectory(this.partial(file.name));
+      }
       await syncDirectory(this.partialPath);
       await rm(this.partial(JOURNAL_FILE));
       await syncDirectory(this.partialPath);
@@ -157,8 +167,15 @@ export class OutputFile {
     }
   }
 
-  async size(): Promise<number> {
-    return (await this.#handle.stat()).size;
+  /** The check that readers make, before the directory gets its name. Throws `E_IO`. */
+  async requireSize(bytes: number): Promise<void> {
+    const { size } = await this.#handle.stat();
+    if (size === bytes) return;
+    throw new Pi2Error(
+      'E_IO',
+      `${basename(this.#path)} has ${size} bytes in place of ${bytes}`,
+      'another program has written to it: remove the .partial directory and convert again',
+    );
   }
 
   /** Writes all of `bytes` at `offset`. Throws `E_DISK_FULL` or `E_IO`. */
@@ -170,6 +187,17 @@ export class OutputFile {
       }
     } catch (error) {
       throw fileError(error, 'write', this.#path);
+    }
+  }
+
+  /** Fills `bytes` from `offset` on. Throws `E_IO` if the file ends before. */
+  async read(bytes: Uint8Array, offset: number): Promise<void> {
+    for (let done = 0; done < bytes.length; ) {
+      const { bytesRead } = await this.#handle
+        .read(bytes, done, bytes.length - done, offset + done)
+        .catch((error: unknown) => Promise.reject(fileError(error, 'read', this.#path)));
+      if (bytesRead === 0) throw new Pi2Error('E_IO', `${this.#path} ended at byte ${offset + done} while it was read`);
+      done += bytesRead;
     }
   }
 

@@ -8,6 +8,7 @@
 #include "native/base/crc32.h"
 #include "native/base/threads.h"
 #include "native/engine/bundle_layout.h"
+#include "native/quantize/cluster.h"
 
 namespace pi2 {
 namespace {
@@ -43,6 +44,19 @@ Napi::Value bad_number_value(Napi::Env env, const BadNumber& bad) {
   return object;
 }
 
+/** Whether the vectors that columns become are 0 to some n - 1, each once. */
+bool is_dense(const uint32_t* order, size_t columns, size_t vectors) {
+  std::vector<bool> seen(vectors);
+  size_t count = 0;
+  for (size_t i = 0; i < columns; i++) {
+    if (order[i] == kSkipped) continue;
+    if (seen[order[i]]) return false;
+    seen[order[i]] = true;
+    count++;
+  }
+  return count == vectors;
+}
+
 Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
   const Napi::Env env = info.Env();
   Fields fields(info[0]);
@@ -59,6 +73,7 @@ Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
                         nullptr,
                         fields.size("threads")};
   const size_t first_element = by_columns ? fields.size("firstElement") : 0;
+  const bool tiles = by_columns && fields.boolean("tiles");
   const size_t vectors = by_columns ? request.columns : request.rows;
   const size_t vector_columns = by_columns ? first_element + request.rows : request.columns;
   std::vector<Napi::Object> kept = {source, target};
@@ -91,11 +106,18 @@ Napi::Value encode(const Napi::CallbackInfo& info, bool by_columns) {
   if (!placement_fits(request.placement, vector_end, request.encoding, vector_columns, target.ByteLength())) {
     return Task::refuse(env, Status::argument("target is smaller than its placement needs"));
   }
+  if (tiles && request.encoding != Encoding::kQ4) return Task::refuse(env, Status::argument("tiles are q4"));
+  if (tiles && (request.order != nullptr ? vector_end > vectors || !is_dense(request.order, vectors, vector_end)
+                                         : request.first_vector % kTileVectors != 0)) {
+    return Task::refuse(env, Status::argument("tiles must be whole, and begin at a multiple of 32"));
+  }
   auto bad = std::make_shared<BadNumber>();
   return Task::run(
       env, std::move(kept),
-      [request, by_columns, first_element, bad] {
-        *bad = by_columns ? encode_columns(request, first_element) : encode_rows(request);
+      [request, by_columns, tiles, first_element, bad] {
+        *bad = tiles        ? encode_tiles(request, first_element)
+               : by_columns ? encode_columns(request, first_element)
+                            : encode_rows(request);
         return Status::ok();
       },
       [bad](Napi::Env e) { return bad_number_value(e, *bad); });
@@ -180,6 +202,59 @@ Napi::Value bundle_checksums_call(const Napi::CallbackInfo& info) {
       });
 }
 
+ClusterParts::Matrix read_matrix(Fields* parts, const char* name) {
+  Fields fields(parts->value(name));
+  const ClusterParts::Matrix matrix{fields.size("weights"), fields.size("scales")};
+  if (!fields.status().is_ok()) parts->fail(std::string(name) + ": " + fields.status().message());
+  return matrix;
+}
+
+Napi::Value pack_cluster_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Fields fields(info[0]);
+  const Napi::Uint8Array units = fields.bytes("units");
+  Napi::Uint8Array target = fields.bytes("target");
+  PackRequest request{units.Data(),
+                      {},
+                      fields.size("slot"),
+                      fields.size("neurons"),
+                      fields.size("paddedNeurons"),
+                      {},
+                      fields.size("first"),
+                      target.Data(),
+                      fields.size("threads")};
+  Status read = read_layout(fields.value("layout"), &request.layout);
+  if (!read.is_ok()) fields.fail(read.message());
+  Fields parts(fields.value("parts"));
+  if (request.layout.matrices == 3) request.parts.gate = read_matrix(&parts, "gate");
+  request.parts.up = read_matrix(&parts, "up");
+  request.parts.down = read_matrix(&parts, "down");
+  request.parts.neurons = parts.size("neurons");
+  request.parts.hidden_size = parts.size("hiddenSize");
+  request.parts.bytes = target.ByteLength();
+  if (!parts.status().is_ok()) fields.fail(parts.status().message());
+  if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+
+  const Status fits = request.parts.check(request.layout.matrices);
+  if (!fits.is_ok()) return Task::refuse(env, fits);
+  const size_t first = request.first;
+  const size_t padded = request.padded_neurons;
+  const size_t weights = weight_bytes(Encoding::kQ4, request.parts.hidden_size);
+  const size_t scales = scale_bytes(Encoding::kQ4, request.parts.hidden_size);
+  if (first % kBlock != 0 || padded % kBlock != 0 || request.neurons > padded || first > request.parts.neurons ||
+      padded > request.parts.neurons - first) {
+    return Task::refuse(env, Status::argument("cluster: neurons are outside of it, or not in tiles"));
+  }
+  if (request.layout.part1_bytes != weights + request.layout.matrices * scales ||
+      request.layout.part2_bytes != (request.layout.matrices - 1) * weights ||
+      request.slot >= request.layout.neurons_per_unit ||
+      request.layout.bytes(request.slot + request.neurons) > units.ByteLength()) {
+    return Task::refuse(env, Status::argument("units are smaller than the layout needs, or not q4"));
+  }
+  return Task::run(
+      env, {units, target}, [request] { return pack_cluster(request); }, [](Napi::Env e) { return e.Undefined(); });
+}
+
 }  // namespace
 
 Status read_layout(const Napi::Value& value, BundleLayout* layout) {
@@ -194,6 +269,7 @@ void export_converter_calls(Napi::Env env, Napi::Object exports) {
   exports.Set("encodeRows", Napi::Function::New(env, encode_rows_call));
   exports.Set("encodeColumns", Napi::Function::New(env, encode_columns_call));
   exports.Set("decodeRows", Napi::Function::New(env, decode_rows_call));
+  exports.Set("packCluster", Napi::Function::New(env, pack_cluster_call));
   exports.Set("crc32", Napi::Function::New(env, crc32_call));
   exports.Set("bundleChecksums", Napi::Function::New(env, bundle_checksums_call));
 }

@@ -28,12 +28,28 @@ struct SharedEngine {
 Status closed() { return Status::argument("the engine is closed"); }
 Status busy() { return {StatusCode::kBusy, "the engine is computing a step; wait for it"}; }
 
+const double kLargest = 9007199254740991.0;
+
+/** Calls read(element) for each object of an array. */
+template <class Read>
+void each(Fields& fields, const char* name, const Read& read) {
+  const Napi::Value value = fields.value(name);
+  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
+  const Napi::Array array = value.As<Napi::Array>();
+  for (uint32_t i = 0; i < array.Length(); i++) {
+    Fields element(array.Get(i));
+    read(element);
+    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
+  }
+}
+
 class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
   static Napi::Function define(Napi::Env env) {
     return DefineClass(
         env, "NativeEngine",
         {InstanceAccessor<&EngineObject::kernel_set>("kernelSet"), InstanceMethod<&EngineObject::step>("step"),
+         InstanceMethod<&EngineObject::fork>("fork"), InstanceMethod<&EngineObject::release>("release"),
          InstanceMethod<&EngineObject::counters>("counters"),
          InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
          InstanceMethod<&EngineObject::drain_trace>("drainTrace"), InstanceMethod<&EngineObject::close>("close")});
@@ -58,7 +74,10 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     Fields fields(info[0]);
     const Napi::Value tokens_value = fields.value("tokens");
     const Napi::Value logits_value = fields.value("logits");
-    const size_t position = fields.size("position");
+    std::vector<Run> runs;
+    each(fields, "runs", [&](Fields& run) {
+      runs.push_back({run.size("sequence"), run.size("position"), run.size("count")});
+    });
     const bool all = fields.boolean("all");
     const bool exact = fields.has("exact") && fields.boolean("exact");
     const bool prompt = fields.has("prompt") && fields.boolean("prompt");
@@ -115,11 +134,15 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     record.residual_inputs = input == "residual";
     return Task::run(
         env, std::move(kept),
-        [shared = shared_, token_data, logit_data, count, room, position, all, exact, prompt, record, fired_room,
-         routed_room, input_room, activation_room] {
+        [shared = shared_, token_data, logit_data, count, room, runs = std::move(runs), all, exact, prompt, record,
+         fired_room, routed_room, input_room, activation_room] {
           const std::lock_guard<std::mutex> lock(shared->lock);
           Status status;
-          if (room < (all ? count : 1) * shared->engine->vocab_size()) {
+          size_t left = count;
+          for (const Run& run : runs) left = run.count > left ? SIZE_MAX : left - run.count;
+          if (left != 0) {
+            status = Status::argument("the runs of a step must name each of its tokens once");
+          } else if (room < (all ? count : runs.size()) * shared->engine->vocab_size()) {
             status = Status::argument("logits is too small");
           } else if (record.fired != nullptr && fired_room < count * shared->engine->fired_bytes_per_token()) {
             status = Status::argument("fired is too small");
@@ -130,13 +153,42 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           } else if (record.activations != nullptr && activation_room < count * shared->engine->activations_per_token()) {
             status = Status::argument("activations is too small");
           } else {
-            status = shared->engine->step(token_data, count, position, logit_data, all, exact, prompt, record);
+            const StepInput input{token_data, runs.data(), runs.size(), all, exact, prompt};
+            status = shared->engine->step(input, logit_data, record);
           }
           shared->busy.store(false);
           shared->busy.notify_all();
           return status;
         },
         [](Napi::Env e) { return e.Undefined(); });
+  }
+
+  Napi::Value fork(const Napi::CallbackInfo& info) {
+    Fields fields(info[0]);
+    const size_t from = fields.size("from");
+    const size_t to = fields.size("to");
+    const size_t positions = fields.size("positions");
+    return between_steps(info.Env(), fields, [&](Engine& engine) { return engine.fork(from, to, positions); });
+  }
+
+  Napi::Value release(const Napi::CallbackInfo& info) {
+    Fields fields(info[0]);
+    const size_t sequence = fields.size("sequence");
+    return between_steps(info.Env(), fields, [&](Engine& engine) { return engine.release(sequence); });
+  }
+
+  /** Does what takes no time, at once; a failure, or a step that is under way, is thrown. */
+  template <class Work>
+  Napi::Value between_steps(Napi::Env env, const Fields& fields, const Work& work) {
+    if (refuses(env)) return env.Undefined();
+    Status status = fields.status();
+    if (status.is_ok() && shared_->busy.load()) status = busy();
+    if (status.is_ok()) {
+      const std::lock_guard<std::mutex> lock(shared_->lock);
+      status = work(*shared_->engine);
+    }
+    if (!status.is_ok()) to_error(env, status).ThrowAsJavaScriptException();
+    return env.Undefined();
   }
 
   Napi::Value counters(const Napi::CallbackInfo& info) {
@@ -202,21 +254,6 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   /** The JavaScript thread's alone. */
   bool closed_ = false;
 };
-
-const double kLargest = 9007199254740991.0;
-
-/** Calls read(element) for each object of an array. */
-template <class Read>
-void each(Fields& fields, const char* name, const Read& read) {
-  const Napi::Value value = fields.value(name);
-  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
-  const Napi::Array array = value.As<Napi::Array>();
-  for (uint32_t i = 0; i < array.Length(); i++) {
-    Fields element(array.Get(i));
-    read(element);
-    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
-  }
-}
 
 /** Extents of two files, or of a predictor's own. */
 void read_extents(Fields& fields, bool of_predictor, std::vector<ExtentConfig>* extents) {
@@ -346,6 +383,7 @@ EngineConfig read_config(Fields& fields) {
   config.expert_count = fields.size("expertCount");
   config.experts_per_token = fields.size("expertsPerToken");
   config.context_length = fields.size("contextLength");
+  config.sequences = fields.size_or("sequences", 1);
   config.threads = fields.size("threads");
   if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
   config.batch_size = fields.size("batchSize");

@@ -30,6 +30,10 @@ class Activations {
   size_t stride() const { return groups() * kGroup; }
   float* token(size_t t) const { return values_ + t * stride(); }
   const QuantizedGroup* quantized(size_t t) const { return quantized_form() + t * groups(); }
+  /** One token of it alone, not packed. */
+  Activations of_token(size_t t) const {
+    return {token(t), reinterpret_cast<uint8_t*>(quantized_form() + t * groups()), length_};
+  }
   /** Whether the second form is the matrix unit's. */
   bool is_packed() const { return is_packed_; }
   const uint16_t* packed() const { return reinterpret_cast<const uint16_t*>(form_); }

@@ -89,21 +89,21 @@ void Attention::project(const LayerWeights& w, const Activations& x, size_t toke
   });
 }
 
-void Attention::begin(size_t position, size_t tokens) {
+void Attention::begin(const Step& step) {
   if (config_->rope_frequencies.empty()) return;
+  const size_t dim = config_->head_dim;
   const auto one = [&](size_t t, size_t) {
-    find_turns(config_->rope_frequencies.data(), config_->head_dim, position + t, turns_ + t * config_->head_dim);
+    find_turns(config_->rope_frequencies.data(), dim, step.places[t].position, turns_ + t * dim);
   };
-  if (tokens == 1) {
+  if (step.tokens == 1) {
     one(0, 0);
   } else {
-    pool_->run(tokens, one);
+    pool_->run(step.tokens, one);
   }
 }
 
-void Attention::store(const LayerWeights& w, const KvCache::Layer& cache, size_t token, size_t position) {
+void Attention::store(const LayerWeights& w, const KvCache::Layer& layer, size_t token, size_t slot) {
   const size_t dim = config_->head_dim;
-  const size_t slot = cache.slot_of(position);
   for (size_t h = 0; h < config_->kv_head_count; h++) {
     float* key = qkv_ + token * qkv_size() + config_->query_size() + h * dim;
     const float* value = key + config_->kv_size();
@@ -112,14 +112,20 @@ void Attention::store(const LayerWeights& w, const KvCache::Layer& cache, size_t
     }
     if (!config_->rope_frequencies.empty()) rotate(key, turns_ + token * dim, dim);
     // Padding stays zero, as allocated.
-    const size_t place = (h * cache.slots + slot) * padded_dim_;
-    kernels_->float_to_half(key, dim, cache.keys + place);
-    kernels_->float_to_half(value, dim, cache.values + place);
+    const size_t at = (h * layer.slots + slot) * padded_dim_;
+    kernels_->float_to_half(key, dim, layer.keys + at);
+    kernels_->float_to_half(value, dim, layer.values + at);
   }
 }
 
-void Attention::attend(const LayerWeights& w, const KvCache::Layer& cache, size_t token, size_t head, size_t position,
-                       size_t window, size_t thread) {
+Attention::Seen Attention::seen_from(size_t layer_index, size_t position) const {
+  const size_t window = config_->windows[layer_index];
+  const size_t begin = window != 0 && position + 1 > window ? position + 1 - window : 0;
+  return {begin, position + 1 - begin};
+}
+
+void Attention::attend(const LayerWeights& w, const KvCache& cache, size_t layer_index, size_t token, size_t head,
+                       const Place& place, size_t thread) {
   const size_t dim = config_->head_dim;
   const size_t kv_head = head / (config_->head_count / config_->kv_head_count);
   float* query = heads_ + thread * 2 * padded_dim_;
@@ -131,43 +137,45 @@ void Attention::attend(const LayerWeights& w, const KvCache::Layer& cache, size_
   }
   if (!config_->rope_frequencies.empty()) rotate(query, turns_ + token * dim, dim);
 
-  // Positions begin .. position, at most two runs of slots: up to the ring's end, then from its start.
-  const size_t begin = window != 0 && position + 1 > window ? position + 1 - window : 0;
-  const size_t count = position + 1 - begin;
-  const size_t first_slot = cache.slot_of(begin);
-  const size_t first_run = std::min(count, cache.slots - first_slot);
-  const uint16_t* keys = cache.keys + kv_head * cache.slots * padded_dim_;
-  const uint16_t* values = cache.values + kv_head * cache.slots * padded_dim_;
+  const auto [begin, count] = seen_from(layer_index, place.position);
+  const KvCache::Layer& layer = cache.layer(layer_index);
+  const size_t first = kv_head * layer.slots;
   float* scores = scores_ + thread * padded_floats(config_->context_length);
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  kernels_->attention_scores(query, keys + first_slot * padded_dim_, padded_dim_, padded_dim_, first_run, scale, scores);
-  kernels_->attention_scores(query, keys, padded_dim_, padded_dim_, count - first_run, scale, scores + first_run);
+  size_t done = 0;
+  cache.for_slots(layer, place.sequence, begin, count, [&](size_t slot, size_t run) {
+    const uint16_t* keys = layer.keys + (first + slot) * padded_dim_;
+    kernels_->attention_scores(query, keys, padded_dim_, padded_dim_, run, scale, scores + done);
+    done += run;
+  });
   softmax(scores, count);
-  kernels_->attention_mix(scores, values + first_slot * padded_dim_, padded_dim_, padded_dim_, first_run, output);
-  kernels_->attention_mix(scores + first_run, values, padded_dim_, padded_dim_, count - first_run, output);
+  done = 0;
+  cache.for_slots(layer, place.sequence, begin, count, [&](size_t slot, size_t run) {
+    const uint16_t* values = layer.values + (first + slot) * padded_dim_;
+    kernels_->attention_mix(scores + done, values, padded_dim_, padded_dim_, run, output);
+    done += run;
+  });
   std::memcpy(mixed_.token(token) + head * dim, output, dim * sizeof(float));
 }
 
-void Attention::compute(const LayerWeights& w, const KvCache& cache, size_t layer_index, const Activations& x, size_t tokens,
-                        size_t position, float* out, size_t out_stride) {
+void Attention::compute(const LayerWeights& w, const KvCache& cache, size_t layer_index, const Activations& x,
+                        const Step& step, float* out, size_t out_stride) {
   const TraceSpan span(pool_->trace(), TraceStage::kAttention);
   const KvCache::Layer& layer = cache.layer(layer_index);
-  const size_t window = config_->windows[layer_index];
-  const size_t heads = config_->head_count;
+  const size_t tokens = step.tokens;
   project(w, x, tokens);
   if (tokens == 1) {
-    store(w, layer, 0, position);
+    store(w, layer, 0, cache.slot_of(layer, step.places[0]));
   } else {
-    pool_->run(tokens, [&](size_t t, size_t) { store(w, layer, t, position + t); });
+    pool_->run(tokens, [&](size_t t, size_t) { store(w, layer, t, cache.slot_of(layer, step.places[t])); });
   }
-  pool_->run(tokens * heads, [&](size_t chunk, size_t thread) {
-    // Tokens of one head one after another: its keys stay in the core's cache.
+  pool_->run(tokens * config_->head_count, [&](size_t chunk, size_t thread) {
+    // Tokens of one head one after another: the keys that they share stay in the core's cache.
     const size_t t = chunk % tokens;
-    attend(w, layer, t, chunk / tokens, position + t, window, thread);
+    attend(w, cache, layer_index, t, chunk / tokens, step.places[t], thread);
   });
   for (size_t t = 0; t < tokens; t++) {
-    const size_t seen = window == 0 ? position + t + 1 : std::min(window, position + t + 1);
-    kv_bytes_read_ += 2 * 2 * seen * config_->kv_head_count * padded_dim_;
+    kv_bytes_read_ += 2 * 2 * seen_from(layer_index, step.places[t].position).count * config_->kv_head_count * padded_dim_;
   }
   mixed_.prepare(*kernels_, *pool_, tokens, x.is_packed());
   pool_->run(chunk_count(w.o.rows), [&](size_t chunk, size_t) {

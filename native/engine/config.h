@@ -107,7 +107,8 @@ struct EngineConfig {
   float threshold;
   size_t expert_count;
   size_t experts_per_token;
-  size_t context_length;
+  size_t context_length;  // positions of a sequence, and of all sequences together
+  size_t sequences = 1;   // that the KV cache holds at a time
   size_t threads;
   std::string kernel_set;
   size_t batch_size;  // most tokens computed together

@@ -18,12 +18,12 @@ namespace {
 Status check(const EngineConfig& c) {
   const bool sizes = c.hidden_size > 0 && c.layer_count > 0 && c.head_count > 0 && c.kv_head_count > 0 && c.head_dim > 0 &&
                      c.neuron_count > 0 && c.vocab_size > 0 && c.context_length > 0 && c.threads > 0 && c.batch_size > 0 &&
-                     c.expert_count > 0 && c.experts_per_token > 0;
+                     c.expert_count > 0 && c.experts_per_token > 0 && c.sequences > 0;
   if (!sizes) return Status::argument("a size is zero");
   // Tight enough that no product of them overflows, here or in any allocation.
   if (c.hidden_size > 1 << 20 || c.layer_count > 1 << 12 || c.head_count > 1 << 11 || c.head_dim > 1 << 11 ||
       c.neuron_count > 1 << 24 || c.vocab_size > 1 << 26 || c.context_length > 1 << 26 || c.threads > 1024 ||
-      c.batch_size > 1 << 14 || c.trace_records > 1 << 24 || c.expert_count > 1 << 14) {
+      c.batch_size > 1 << 14 || c.trace_records > 1 << 24 || c.expert_count > 1 << 14 || c.sequences > 1 << 10) {
     return Status::argument("a size is absurd");
   }
   if (c.head_count % c.kv_head_count != 0) return Status::argument("headCount must be a multiple of kvHeadCount");
@@ -113,6 +113,7 @@ Status Engine::open(EngineConfig config, std::unique_ptr<Engine>* result) {
 Status Engine::allocate() {
   Status status = cache_.allocate(config_);
   if (!status.is_ok()) return status;
+  places_.resize(config_.batch_size);
   const std::array<size_t, kPieces> sizes = scratch_pieces(config_);
   size_t total = 0;
   for (const size_t size : sizes) total += size;
@@ -154,15 +155,15 @@ Status Engine::allocate() {
   return status;
 }
 
-void Engine::embed(const int32_t* tokens, size_t count, size_t position) {
+void Engine::embed(const int32_t* tokens, const Step& step) {
   const TraceSpan span(trace(), TraceStage::kEmbed);
   const size_t stride = normed_.stride();
-  for (size_t t = 0; t < count; t++) {
+  for (size_t t = 0; t < step.tokens; t++) {
     float* x = hidden_ + t * stride;
     const Rows row = weights_.embedding.rows_from(static_cast<size_t>(tokens[t]));
     decode_vector(row.weights, row.scales, weights_.embedding.encoding, config_.hidden_size, x);
     if (weights_.position_embedding.exists()) {
-      const Rows place = weights_.position_embedding.rows_from(position + t);
+      const Rows place = weights_.position_embedding.rows_from(step.places[t].position);
       float* learned = update_ + t * stride;
       decode_vector(place.weights, place.scales, weights_.position_embedding.encoding, config_.hidden_size, learned);
       for (size_t i = 0; i < config_.hidden_size; i++) x[i] += learned[i];
@@ -191,32 +192,33 @@ void Engine::add_update(size_t count) {
   }
 }
 
-const Activations* Engine::predictor_input(size_t count, bool exact) {
-  if (exact || !config_.predictor.enabled()) return nullptr;
+const Activations* Engine::predictor_input(const Step& step) {
+  if (step.exact || !config_.predictor.enabled()) return nullptr;
   if (config_.predictor.input == PredictorInput::kFfnNorm) return &normed_;
-  residual_.prepare(*kernels_, *pool_, count, is_prompt_);
+  residual_.prepare(*kernels_, *pool_, step.tokens, is_prompt_);
   return &residual_;
 }
 
-void Engine::prefetch(size_t index, size_t count) {
+void Engine::prefetch(size_t index, const Step& step) {
   // Of a mixture of experts it is not known yet which will be used.
   if (streamed_ == nullptr || config_.stream.prefetch_bytes == 0 || config_.expert_count > 1) return;
   const TraceSpan span(trace(), TraceStage::kPrefetch);
   const LayerWeights& layer = weights_.layers[index];
-  if (config_.predictor.input == PredictorInput::kFfnNorm) normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
-  const Activations* x = predictor_input(count, false);
-  streamed_->prefetch({index, 0, layer, normed_, x, count, nullptr, nullptr, 0, {}});
+  if (config_.predictor.input == PredictorInput::kFfnNorm) normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, step.tokens);
+  const Activations* x = predictor_input(step);
+  streamed_->prefetch({index, 0, layer, normed_, x, step.tokens, nullptr, nullptr, 0, {}});
 }
 
-/** `record` begins at the first of these tokens, with layer 0. */
-Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record) {
+Status Engine::run_layer(size_t index, const Step& step) {
+  const size_t count = step.tokens;
+  const FiringRecord& record = step.record;
   const LayerWeights& layer = weights_.layers[index];
   const size_t stride = normed_.stride();
   if (Trace* traced = trace()) traced->set_layer(static_cast<uint32_t>(index));
   const TraceSpan span(trace(), TraceStage::kLayer);
-  if (config_.predictor.enabled() && !exact && count <= kPrefetchTokens) prefetch(index, count);
+  if (config_.predictor.enabled() && !step.exact && count <= kPrefetchTokens) prefetch(index, step);
   normalize_batch(layer.attention_norm, layer.attention_norm_bias, count);
-  attention_.compute(layer, cache_, index, normed_, count, position, update_, stride);
+  attention_.compute(layer, cache_, index, normed_, step, update_, stride);
   add_update(count);
   normalize_batch(layer.ffn_norm, layer.ffn_norm_bias, count);
   const size_t layer_bytes = config_.expert_count * fired_bytes(config_.neuron_count);
@@ -231,21 +233,30 @@ Status Engine::run_layer(size_t index, size_t count, size_t position, bool exact
   }
   const TraceSpan ffn(trace(), TraceStage::kFfn);
   Status status =
-      ffn_.compute(index, layer, normed_, predictor_input(count, exact), count, update_, stride,
+      ffn_.compute(index, layer, normed_, predictor_input(step), count, update_, stride,
                    record.fired == nullptr ? nullptr : record.fired + index * layer_bytes, fired_bytes_per_token());
   add_update(count);
   resident_bytes_read_ += layer.q.bytes() + layer.k.bytes() + layer.v.bytes() + layer.o.bytes();
   return status;
 }
 
-void Engine::compute_logits(size_t first, size_t count, float* logits) {
-  const TraceSpan span(trace(), TraceStage::kHead);
-  // The wanted tokens move to the front, where the norm looks for them.
-  if (first > 0) {
-    for (size_t t = 0; t < count; t++) {
-      std::copy_n(hidden_ + (first + t) * normed_.stride(), config_.hidden_size, hidden_ + t * normed_.stride());
+size_t Engine::gather_last(const StepInput& input, size_t first, size_t count) {
+  size_t found = 0;
+  size_t end = 0;
+  for (size_t i = 0; i < input.run_count; i++) {
+    end += input.runs[i].count;
+    if (end <= first || end > first + count) continue;
+    const size_t last = end - 1 - first;
+    if (last != found) {
+      std::copy_n(hidden_ + last * normed_.stride(), config_.hidden_size, hidden_ + found * normed_.stride());
     }
+    found++;
   }
+  return found;
+}
+
+void Engine::compute_logits(size_t count, float* logits) {
+  const TraceSpan span(trace(), TraceStage::kHead);
   normalize_batch(weights_.output_norm, weights_.output_norm_bias, count);
   const Matrix& head = weights_.head;
   pool_->run(chunk_count(head.rows), [&](size_t chunk, size_t) {
@@ -255,57 +266,79 @@ void Engine::compute_logits(size_t first, size_t count, float* logits) {
   resident_bytes_read_ += head.bytes();
 }
 
-Status Engine::step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact, bool prompt,
-                    FiringRecord record) {
-  if (count == 0) return Status::argument("a step needs at least one token");
-  if (position > config_.context_length || count > config_.context_length - position) {
-    return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
+Status Engine::check_input(const StepInput& input, const FiringRecord& record, size_t* tokens) const {
+  *tokens = 0;
+  for (size_t i = 0; i < input.run_count; i++) {
+    const Run& run = input.runs[i];
+    if (run.count == 0) return Status::argument("a run of a step needs at least one token");
+    if (run.position > config_.context_length || run.count > config_.context_length - run.position) {
+      return Status::argument("the step reaches past the context of " + std::to_string(config_.context_length) + " tokens");
+    }
+    *tokens += run.count;
   }
-  if (position > filled_ || !cache_.can_rewind(filled_, position)) {
-    return Status::argument("the KV cache does not hold the positions before " + std::to_string(position));
-  }
-  for (size_t i = 0; i < count; i++) {
-    if (tokens[i] < 0 || static_cast<size_t>(tokens[i]) >= config_.vocab_size) {
-      return Status::argument("token " + std::to_string(tokens[i]) + " is not in the vocabulary");
+  if (*tokens == 0) return Status::argument("a step needs at least one token");
+  const Status places = cache_.check(input.runs, input.run_count);
+  if (!places.is_ok()) return places;
+  for (size_t i = 0; i < *tokens; i++) {
+    if (input.tokens[i] < 0 || static_cast<size_t>(input.tokens[i]) >= config_.vocab_size) {
+      return Status::argument("token " + std::to_string(input.tokens[i]) + " is not in the vocabulary");
     }
   }
+  if (record.activations != nullptr && streamed_ != nullptr) {
+    return Status::argument("activations are recorded only with every neuron in memory");
+  }
+  return Status::ok();
+}
+
+void Engine::place(const StepInput& input, size_t first, size_t count) {
+  size_t begin = 0;  // the run's first token
+  for (size_t i = 0; i < input.run_count && begin < first + count; begin += input.runs[i++].count) {
+    const Run& run = input.runs[i];
+    const size_t from = std::max(begin, first);
+    const size_t end = std::min(begin + run.count, first + count);
+    if (end <= from) continue;
+    cache_.extend(run.sequence, run.position + (from - begin), end - from);
+    for (size_t t = from; t < end; t++) places_[t - first] = {run.sequence, run.position + (t - begin)};
+  }
+}
+
+Status Engine::step(const StepInput& input, float* logits, FiringRecord record) {
+  size_t count = 0;
+  const Status wanted = check_input(input, record, &count);
+  if (!wanted.is_ok()) return wanted;
   if (record.fired != nullptr) std::fill_n(record.fired, count * fired_bytes_per_token(), uint8_t{0});
   if (record.routed != nullptr) std::fill_n(record.routed, count * routed_bytes_per_token(), uint8_t{0});
-  if (record.activations != nullptr) {
-    if (streamed_ != nullptr) return Status::argument("activations are recorded only with every neuron in memory");
-    std::fill_n(record.activations, count * activations_per_token(), 0.0f);
-  }
+  if (record.activations != nullptr) std::fill_n(record.activations, count * activations_per_token(), 0.0f);
   const TraceSpan span(trace(), TraceStage::kStep, count);
   // Whatever happens below, positions from here on no longer hold what they held.
-  filled_ = position;
-  is_prompt_ = prompt && !config_.mapped;
+  for (size_t i = 0; i < input.run_count; i++) cache_.rewind(input.runs[i].sequence, input.runs[i].position);
+  is_prompt_ = input.prompt && !config_.mapped;
   const bool integers = config_.ffn_encoding == Encoding::kQ4 || config_.ffn_encoding == Encoding::kQ8;
   const bool on_tiles = is_prompt_ && kernels_->tiles != nullptr && integers;
   const size_t most = on_tiles ? config_.batch_size : config_.vector_batch();
   for (size_t done = 0; done < count;) {
-    const size_t batch = std::min(most, count - done);
-    embed(tokens + done, batch, position + done);
-    attention_.begin(position + done, batch);
+    const Step step{std::min(most, count - done), places_.data(), input.exact, is_prompt_, record};
+    place(input, done, step.tokens);
+    embed(input.tokens + done, step);
+    attention_.begin(step);
     for (size_t i = 0; i < config_.layer_count; i++) {
-      Status status = run_layer(i, batch, position + done, exact, record);
+      Status status = run_layer(i, step);
       // The positions of this batch stay unfilled: the next step may begin there again.
       if (!status.is_ok()) return status;
     }
     if (Trace* traced = trace()) traced->set_layer(TraceRecord::kNoLayer);
-    if (record.fired != nullptr) record.fired += batch * fired_bytes_per_token();
-    if (record.routed != nullptr) record.routed += batch * routed_bytes_per_token();
-    if (record.inputs != nullptr) record.inputs += batch * inputs_per_token();
-    if (record.activations != nullptr) record.activations += batch * activations_per_token();
-    if (all) {
-      compute_logits(0, batch, logits + done * config_.vocab_size);
-    } else if (done + batch == count) {
-      compute_logits(batch - 1, 1, logits);
-    }
+    if (record.fired != nullptr) record.fired += step.tokens * fired_bytes_per_token();
+    if (record.routed != nullptr) record.routed += step.tokens * routed_bytes_per_token();
+    if (record.inputs != nullptr) record.inputs += step.tokens * inputs_per_token();
+    if (record.activations != nullptr) record.activations += step.tokens * activations_per_token();
+    const size_t told = input.all ? step.tokens : gather_last(input, done, step.tokens);
+    if (told > 0) compute_logits(told, logits);
+    logits += told * config_.vocab_size;
     const Status readable = weights_.resident().check();
     if (!readable.is_ok()) return readable;
-    done += batch;
-    filled_ = position + done;
-    tokens_ += batch;
+    for (size_t t = 0; t < step.tokens; t++) cache_.fill(places_[t].sequence, places_[t].position + 1);
+    done += step.tokens;
+    tokens_ += step.tokens;
   }
   return Status::ok();
 }

@@ -1,13 +1,15 @@
 #pragma once
 /**
- * An open model and one sequence: weights, KV cache and scratch are allocated at open and nothing afterwards. A step
- * computes n tokens through all layers, in batches of at most batch_size.
+ * An open model and its sequences: weights, KV cache and scratch are allocated at open and nothing afterwards. A step
+ * computes tokens of one sequence or of several through all layers, in batches of at most batch_size: weights are read once
+ * for all of a batch, attention is each sequence's own. Same kernel set, same bits, whatever else is in a batch.
  *
  * Threads: `step` is called by one thread at a time (the addon sees to it); inside, the pool's threads share each region's
  * chunks and nothing else.
  */
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "native/base/memory.h"
 #include "native/base/status.h"
@@ -18,6 +20,7 @@
 #include "native/engine/ffn.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/predictor.h"
+#include "native/engine/step.h"
 #include "native/engine/sum_order.h"
 #include "native/engine/weights.h"
 
@@ -52,15 +55,6 @@ struct Bandwidths {
   double flash = 0;
 };
 
-/** What a step writes down besides logits; null: nothing. */
-struct FiringRecord {
-  uint8_t* fired = nullptr;      // bits (token, layer, expert, neuron): fired_bytes_per_token() for each token
-  uint8_t* routed = nullptr;     // bits (token, layer, expert): routed_bytes_per_token() for each token
-  float* inputs = nullptr;       // (token, layer, hidden): what the FFN gets, normed or as it is in the residual stream
-  bool residual_inputs = false;  // which of them
-  float* activations = nullptr;  // (token, layer, used expert, neuron), before the routing weight; resident experts only
-};
-
 class Engine {
  public:
   /** What `open` would allocate for a configuration. */
@@ -69,13 +63,18 @@ class Engine {
   static Status open(EngineConfig config, std::unique_ptr<Engine>* engine);
 
   /**
-   * Computes `count` tokens at positions position ... The KV cache below `position` must be filled by earlier steps.
-   * `logits` gets vocab_size floats of each token if `all`, else of the last. With `exact` the predictor has no say.
-   * A `prompt` is computed by the matrix unit, if the kernel set has one: the same bits whatever steps the prompt is cut
-   * into. `record` gets which neurons fired and which experts were used.
+   * Computes the tokens of the input's runs. In each sequence, positions below its run must be filled by earlier steps;
+   * those from the run on are forgotten. `logits` gets vocab_size floats of each token if `all`, else of the last of each
+   * run, in their order. With `exact` the predictor has no say. A `prompt` is computed by the matrix unit, if the kernel set
+   * has one: the same bits whatever steps the prompt is cut into. `record` gets which neurons fired and which experts were
+   * used. What is refused changes nothing; a step that fails on I/O leaves the tokens of whole batches.
    */
-  Status step(const int32_t* tokens, size_t count, size_t position, float* logits, bool all, bool exact, bool prompt,
-              FiringRecord record);
+  Status step(const StepInput& input, float* logits, FiringRecord record);
+
+  /** Lets an empty sequence go on from the first `positions` positions of another, which both share. Takes no memory. */
+  Status fork(size_t from, size_t to, size_t positions) { return cache_.fork(from, to, positions); }
+  /** Empties a sequence: what it did not share is free for others. */
+  Status release(size_t sequence) { return cache_.release(sequence); }
 
   /**
    * What memory and flash give at best, measured on what is open: the engine's own weights, read by its own threads, and
@@ -102,17 +101,23 @@ class Engine {
  private:
   explicit Engine(EngineConfig config) : config_(std::move(config)) {}
   Status allocate();
-  void embed(const int32_t* tokens, size_t count, size_t position);
+  Status check_input(const StepInput& input, const FiringRecord& record, size_t* tokens) const;
+  /** Fills places_ from token `first` of the input on, and gives them room in the KV cache. */
+  void place(const StepInput& input, size_t first, size_t count);
+  void embed(const int32_t* tokens, const Step& step);
   /** x = norm(hidden) for each token, in both forms. */
   void normalize_batch(const Matrix& weight, const Matrix& bias, size_t count);
   /** hidden += update for each token. */
   void add_update(size_t count);
   /** What predictors look at once `hidden_` is the residual stream after attention and `normed_` the FFN's input. */
-  const Activations* predictor_input(size_t count, bool exact);
+  const Activations* predictor_input(const Step& step);
   /** Lets the neurons of a layer be read while its attention is computed, where they can be guessed. */
-  void prefetch(size_t index, size_t count);
-  Status run_layer(size_t index, size_t count, size_t position, bool exact, FiringRecord record);
-  void compute_logits(size_t first, size_t count, float* logits);
+  void prefetch(size_t index, const Step& step);
+  Status run_layer(size_t index, const Step& step);
+  /** Moves the hidden state of the last tokens of runs to the front; `first` is the step's first token of the input. */
+  size_t gather_last(const StepInput& input, size_t first, size_t count);
+  /** Logits of the first `count` tokens of hidden_. */
+  void compute_logits(size_t count, float* logits);
 
   EngineConfig config_;
   const Kernels* kernels_ = nullptr;
@@ -131,8 +136,8 @@ class Engine {
   Predictor predictor_;
   SumOrder order_;
   Ffn ffn_;
-  size_t filled_ = 0;       // positions in the KV cache
-  bool is_prompt_ = false;  // the present step
+  std::vector<Place> places_;  // (batch): of the present step's tokens
+  bool is_prompt_ = false;     // the present step
   uint64_t tokens_ = 0;
   uint64_t resident_bytes_read_ = 0;
 };

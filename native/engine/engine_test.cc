@@ -140,8 +140,10 @@ Result compute(EngineConfig config, const std::string& kernel_set, size_t thread
   Result result{std::vector<float>(tokens.size() * config.vocab_size), std::vector<uint8_t>(tokens.size() * fired_bytes)};
   for (size_t at = 0; at < tokens.size(); at += piece) {
     const size_t count = std::min(piece, tokens.size() - at);
-    const Status status = engine->step(tokens.data() + at, count, at, result.logits.data() + at * config.vocab_size, true,
-                                       false, false, FiringRecord{.fired = result.fired_bits.data() + at * fired_bytes});
+    const Run run{0, at, count};
+    const StepInput input{.tokens = tokens.data() + at, .runs = &run, .run_count = 1, .all = true};
+    const Status status = engine->step(input, result.logits.data() + at * config.vocab_size,
+                                       FiringRecord{.fired = result.fired_bits.data() + at * fired_bytes});
     require(status.is_ok(), status.message());
     ++*steps;
   }

@@ -1,5 +1,6 @@
 #include "native/engine/product.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace pi2 {
@@ -15,6 +16,20 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
   multiply(kernels, matrix.encoding, matrix.rows_from(first), count, x, tokens, y, y_stride);
 }
 
+namespace {
+
+/** Of so many tokens memory is the limit; of more, arithmetic. */
+constexpr size_t kFewTokens = 8;
+/** Rows of a block that few tokens multiply together, and how far ahead of them rows are fetched. */
+constexpr size_t kBlockRows = 4;
+constexpr size_t kRowsAhead = 8;
+
+void prefetch_bytes(const uint8_t* begin, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at, 0, 2);
+}
+
+}  // namespace
+
 void multiply(const Kernels& kernels, Encoding encoding, Rows rows, size_t count, const Activations& x, size_t tokens,
               float* y, size_t y_stride) {
   const size_t groups = x.groups();
@@ -29,6 +44,19 @@ void multiply(const Kernels& kernels, Encoding encoding, Rows rows, size_t count
       case Encoding::kF16: return kernels.dot_f16(rows, count, groups, x.token(0), y);
       case Encoding::kF32: std::abort();
     }
+  }
+  if (tokens <= kFewTokens && count > kBlockRows) {
+    // Kernels of several tokens are made for rows that are in the core's cache by the second token.
+    for (size_t r = 0; r < count; r += kBlockRows) {
+      const size_t block = std::min(kBlockRows, count - r);
+      for (size_t k = r + kRowsAhead; k < std::min(r + kRowsAhead + kBlockRows, count); k++) {
+        prefetch_bytes(rows.weights + k * rows.stride, weight_bytes(encoding, groups * kGroup));
+        prefetch_bytes(rows.scales + k * rows.stride, scale_bytes(encoding, groups * kGroup));
+      }
+      const Rows some{rows.weights + r * rows.stride, rows.scales + r * rows.stride, rows.stride};
+      multiply(kernels, encoding, some, block, x, tokens, y + r, y_stride);
+    }
+    return;
   }
   switch (encoding) {
     case Encoding::kQ4: return kernels.matmul_q4(rows, count, groups, x.quantized(0), tokens, y, y_stride);

@@ -10,13 +10,6 @@
 
 namespace pi2 {
 
-namespace {
-
-/** Room of a list: a chunk, and neurons that share a byte of fired bits with its first. */
-constexpr size_t kListRoom = kNeuronChunk + 7;
-
-}  // namespace
-
 size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   Carver carver(scratch);
   const size_t batch = config.batch_size;
@@ -24,13 +17,15 @@ size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
       carver.take<uint16_t>(find_tiles(config.kernel_set) == nullptr ? 0 : factors_length(config.neuron_count, batch));
   column_of_ = carver.take<const uint8_t*>(find_tiles(config.kernel_set) == nullptr ? 0 : config.neuron_count);
   factors_ = carver.take<float>(config.neuron_count * batch);
-  tiles_ = carver.take<float>(config.threads * 2 * batch * kNeuronChunk);
+  tiles_ = carver.take<float>(config.threads * 2 * batch * kListRoom);
   columns_ = carver.take<Column>(kParts * part_room(config.neuron_count));
   order_.use(carver.take<SumOrder::Placed>(config.neuron_count));
   neurons_ = carver.take<uint32_t>(kParts * part_room(config.neuron_count));
   fired_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
   chosen_ = carver.take<uint32_t>(chunk_total(config.neuron_count));
-  part_sums_ = carver.take<float>(kParts * kGroup * group_count(config.hidden_size));
+  masks_ = carver.take<uint8_t>(kParts * part_room(config.neuron_count));
+  list_counts_ = carver.take<ListCounts>(chunk_total(config.neuron_count));
+  part_sums_ = carver.take<float>(kParts * std::min(batch, kFewTokens) * kGroup * group_count(config.hidden_size));
   tile_sums_ = carver.take<float>(config.threads * kTokenTile * kGroup);
   return carver.used();
 }
@@ -53,6 +48,8 @@ Status ResidentExperts::run(const ExpertJob& job) {
   if (job.predictor_x != nullptr) predictor_->begin(job);
   if (job.is_single()) {
     run_one(job);
+  } else if (is_few(job)) {
+    run_few(job);
   } else {
     run_batch(job);
   }
@@ -94,7 +91,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     const size_t first = chunk * kNeuronChunk;
     const size_t count = std::min(kNeuronChunk, neurons - first);
     uint32_t chosen = 0;
-    float* gates = tiles_ + thread * 2 * batch * kNeuronChunk;  // (token, neuron of the chunk)
+    float* gates = tiles_ + thread * 2 * batch * kListRoom;  // (token, neuron of the chunk)
     float* ups = gates + batch * kNeuronChunk;
     multiply_rows(*kernels_, first_matrix, first, count, x, tokens, gates, kNeuronChunk);
     if (expert.gate.exists()) {
@@ -275,22 +272,24 @@ void ResidentExperts::add_part(const ExpertWeights& expert, size_t part) {
   add_columns(*kernels_, expert.down.encoding, columns, count, groups, sums);
 }
 
+/** Where a list of neurons_ begins, of `count` in all; lists of chosen ones keep those that share a byte of fired bits. */
+size_t ResidentExperts::list_start(size_t list, size_t count, bool chosen) const {
+  size_t start = std::min(list * kNeuronChunk, count);
+  while (chosen && start > 0 && start < count && neurons_[start] / 8 == neurons_[start - 1] / 8) start--;
+  return start;
+}
+
 void ResidentExperts::run_one(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   // Chosen neurons are cut into long lists, whatever chunk they are of: a list begins without prefetched rows.
   const uint32_t* chosen = job.predictor_x == nullptr ? nullptr : neurons_;
   const size_t count = chosen == nullptr ? config_->neuron_count : choose(job);
-  const auto start_of = [&](size_t chunk) {
-    size_t start = std::min(chunk * kNeuronChunk, count);
-    // Neurons that share a byte of fired bits stay together.
-    while (chosen != nullptr && start > 0 && start < count && chosen[start] / 8 == chosen[start - 1] / 8) start--;
-    return start;
-  };
   const size_t lists = chunk_total(count);
   pool_->run(lists, [&](size_t chunk, size_t) {
-    const size_t first = start_of(chunk);
+    const size_t first = list_start(chunk, count, chosen != nullptr);
     const uint32_t* list = chosen == nullptr ? nullptr : chosen + first;
-    fired_[chunk] = static_cast<uint32_t>(find_fired(job, first, start_of(chunk + 1) - first, list));
+    fired_[chunk] =
+        static_cast<uint32_t>(find_fired(job, first, list_start(chunk + 1, count, chosen != nullptr) - first, list));
   });
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
   pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });

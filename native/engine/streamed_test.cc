@@ -77,8 +77,9 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
   size_t failures = 0;
   for (size_t at = 0, count = kPrompt; at < kTokens; at += count, count = 1) {
     const auto step = [&] {
+      const Run run{0, at, count};
       return engine->step(
-          tokens + at, count, at, result.logits.data() + at * config.vocab_size, true, exact, prompt && count > 1,
+          {tokens + at, &run, 1, true, exact, prompt && count > 1}, result.logits.data() + at * config.vocab_size,
           FiringRecord{.fired = result.fired.data() + at * fired, .routed = result.routed.data() + at * routed});
     };
     Status status = step();
@@ -171,7 +172,8 @@ void try_mapped(const RandomModel& model, size_t threads) {
   std::vector<float> logits(config.vocab_size);
   for (size_t i = 0; i < 2; i++) {
     const int32_t token = 1;
-    const Status status = engine->step(&token, 1, 0, logits.data(), true, true, false, FiringRecord{});
+    const Run run{0, 0, 1};
+    const Status status = engine->step({&token, &run, 1, true, true, false}, logits.data(), FiringRecord{});
     require(status.code() == StatusCode::kIo, "a shortened file that no step met");
   }
 }

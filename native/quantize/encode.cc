@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <vector>
 
 #include "native/base/threads.h"
 #include "native/base/vector_code.h"
@@ -156,6 +157,47 @@ bool encode_tile(const EncodeRequest& r, size_t row, size_t first, size_t first_
   return largest > limit;
 }
 
+/**
+ * Encodes a tile of Down: the columns `columns[0..count)` as vectors `first_vector` and following, whose rows from `row` on,
+ * a group at most, share one scale by block. Returns the largest magnitude_bits.
+ */
+template <SourceType type>
+PI2_INLINE uint32_t encode_shared(const EncodeRequest& r, const uint32_t* columns, size_t count, size_t first_vector,
+                                  size_t row, size_t first_element) {
+  static thread_local Lanes
+      numbers[kTileVectors * kBlock];  // lane: block of the group; all elements of a vector, then the next
+  float* const out = reinterpret_cast<float*>(numbers);
+  const size_t rows = std::min(kGroup, r.rows - row);
+  uint32_t largest = 0;
+  for (size_t i = 0; i < kGroup; i++) {
+    const size_t at = i % kBlock * kGroupBlocks + i / kBlock;
+    for (size_t v = 0; v < count; v++) {
+      const float value = i < rows ? number_at(r.source, type, (row + i) * r.columns + columns[v]) : 0.0f;
+      largest = std::max(largest, magnitude_bits(value));
+      out[v * kGroup + at] = value;
+    }
+  }
+  const Lanes scales = choose_q4_scales(numbers, count * kBlock, kTileLevels);
+  const size_t g = (first_element + row) / kGroup;
+  for (size_t v = 0; v < count; v++) {
+    uint8_t* const weights = r.target + r.placement.weights_at(first_vector + v) + g * kQ4GroupBytes;
+    uint8_t* const stored = r.target + r.placement.scales_at(first_vector + v) + g * kGroupScaleBytes;
+    store_q4(numbers + v * kBlock, store_scales(scales, stored), weights);
+  }
+  return largest;
+}
+
+PI2_VECTOR_CODE("avx2")
+uint32_t encode_shared_group(const EncodeRequest& r, const uint32_t* columns, size_t count, size_t first_vector, size_t row,
+                             size_t first_element) {
+  switch (r.source_type) {
+    case SourceType::kF32: return encode_shared<SourceType::kF32>(r, columns, count, first_vector, row, first_element);
+    case SourceType::kF16: return encode_shared<SourceType::kF16>(r, columns, count, first_vector, row, first_element);
+    case SourceType::kBf16: return encode_shared<SourceType::kBf16>(r, columns, count, first_vector, row, first_element);
+  }
+  return 0;
+}
+
 /** Meets the first number of the rectangle that cannot be stored, and returns whether there is one. */
 bool find_bad(const EncodeRequest& r, size_t first_row, size_t rows, size_t first_column, size_t columns, bool by_columns,
               uint32_t limit, FirstBadNumber* bad) {
@@ -205,6 +247,32 @@ BadNumber encode_columns(const EncodeRequest& r, size_t first_element) {
     for (size_t row = 0; row < r.rows; row += kGroup) {
       const bool suspicious = encode_tile(r, row, first, first_element, limit);
       if (suspicious && find_bad(r, row, std::min(kGroup, r.rows - row), first, columns, true, limit, &bad)) break;
+    }
+    return true;
+  });
+  return bad.first();
+}
+
+BadNumber encode_tiles(const EncodeRequest& r, size_t first_element) {
+  FirstBadNumber bad;
+  const uint32_t limit = largest_magnitude(Encoding::kQ4);
+  std::vector<uint32_t> columns;  // the column of each vector, from the first on
+  for (size_t c = 0; c < r.columns; c++) {
+    if (r.skips(c)) continue;
+    const size_t place = r.order != nullptr ? r.order[c] : c;
+    if (place >= columns.size()) columns.resize(place + 1);
+    columns[place] = static_cast<uint32_t>(c);
+  }
+  run_in_turn(r.threads, (columns.size() + kTileVectors - 1) / kTileVectors, [&](size_t tile) {
+    const size_t first = tile * kTileVectors;
+    const size_t count = std::min(kTileVectors, columns.size() - first);
+    const size_t first_vector = r.order != nullptr ? first : r.first_vector + first;
+    uint32_t largest = 0;
+    for (size_t row = 0; row < r.rows; row += kGroup) {
+      largest = std::max(largest, encode_shared_group(r, &columns[first], count, first_vector, row, first_element));
+    }
+    for (size_t v = first; v < first + count && largest > limit; v++) {
+      find_bad(r, 0, r.rows, columns[v], 1, true, limit, &bad);
     }
     return true;
   });

@@ -66,6 +66,16 @@ BadNumber encode_rows(const EncodeRequest& request);
  */
 BadNumber encode_columns(const EncodeRequest& request, size_t first_element);
 
+/** Vectors that share scales in `encode_tiles`. */
+constexpr size_t kTileVectors = kBlock;
+
+/**
+ * As `encode_columns`, in q4, with one scale for each tile of 32 vectors x 32 elements (docs/FORMAT.md section 4): it is
+ * stored in all of them. Tiles begin at the first vector, which is a multiple of 32 in its expert; the last may be short.
+ * With an order the vectors are 0 to some n - 1, each of which exactly one column becomes.
+ */
+BadNumber encode_tiles(const EncodeRequest& request, size_t first_element);
+
 /** Decodes one vector of `columns` weights to float. */
 void decode_vector(const uint8_t* weights, const uint8_t* scales, Encoding encoding, size_t columns, float* out);
 

@@ -41,7 +41,7 @@ float value_of(const std::vector<uint8_t>& source, SourceType type, size_t i) {
   return value;
 }
 
-/** Sums of 32 products in the order that is promised: every fourth, then the four. */
+/** Sums of products in the order that is promised: every fourth, then the four. */
 struct Sum {
   float lanes[4] = {};
   void add(size_t i, float value) { lanes[i % 4] += value; }
@@ -50,20 +50,24 @@ struct Sum {
 
 float rounded(float x, float low, float high) { return std::min(std::max(std::nearbyintf(x), low), high); }
 
-uint16_t q4_scale(const float* x) {
+const std::vector<float> kBlockLevels = {-8.6f, -8.3f, -8.0f, -7.7f, -7.4f, -7.1f, 6.2f, 6.5f, 6.8f, 7.1f, 7.4f};
+const std::vector<float> kTileLevels = {-13.6f, -12.8f, -12.0f, -11.2f, -10.4f, -9.6f, -8.8f, -8.0f, -7.2f,
+                                        6.4f,   7.2f,   8.0f,   8.8f,   9.6f,   10.4f, 11.2f, 12.0f, 12.8f};
+
+uint16_t q4_scale(const float* x, size_t count, const std::vector<float>& levels) {
   float largest = 0;
-  for (size_t i = 0; i < kBlock; i++) {
+  for (size_t i = 0; i < count; i++) {
     if (std::fabs(x[i]) > std::fabs(largest)) largest = x[i];
   }
   float best = 0;
   float scale = 0;
-  for (const float level : {-8.6f, -8.3f, -8.0f, -7.7f, -7.4f, -7.1f, 6.2f, 6.5f, 6.8f, 7.1f, 7.4f}) {
+  for (const float level : levels) {
     const float candidate = largest / level;
     if (!(std::fabs(candidate) >= 5.9604645e-8f)) return 0;
     const float inverse = 1.0f / candidate;
     Sum product;
     Sum square;
-    for (size_t i = 0; i < kBlock; i++) {
+    for (size_t i = 0; i < count; i++) {
       const float q = rounded(x[i] * inverse, -8, 7);
       product.add(i, x[i] * q);
       square.add(i, q * q);
@@ -99,7 +103,7 @@ std::vector<uint8_t> expected(std::vector<float> x, Encoding encoding) {
     const bool is_q4 = encoding == Encoding::kQ4;
     float largest = 0;
     for (size_t e = 0; e < kBlock; e++) largest = std::max(largest, std::fabs(values[e]));
-    const uint16_t half = is_q4 ? q4_scale(values) : float_to_half_scalar(largest / 127.0f);
+    const uint16_t half = is_q4 ? q4_scale(values, kBlock, kBlockLevels) : float_to_half_scalar(largest / 127.0f);
     std::memcpy(out.data() + weight_bytes(encoding, n) + 2 * block, &half, 2);
     const float scale = half_to_float_scalar(half);
     const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
@@ -176,8 +180,73 @@ void check_shape(Random* random, SourceType type, Encoding encoding, size_t rows
   }
 }
 
+/** The integer of weight `i` of an encoded vector. */
+int q4_integer(const uint8_t* row, size_t i) {
+  const uint8_t byte = row[i / kGroup * kQ4GroupBytes + q4_byte(i % kGroup / kBlock, i % kBlock)];
+  return (q4_is_high(i % kBlock) ? byte >> 4 : byte & 15) - 8;
+}
+
+/** One scale for 32 vectors x 32 elements, the best for all of them; in an order and in bands, the same bytes. */
+void check_tiles(Random* random, SourceType type, size_t rows, size_t columns) {
+  const std::vector<uint8_t> source = numbers(random, type, rows * columns);
+  const size_t bytes = row_bytes(Encoding::kQ4, rows);
+  const size_t weights = weight_bytes(Encoding::kQ4, rows);
+  const Placement placement{1, bytes, 0, bytes, weights, bytes};
+  std::vector<uint8_t> out(columns * bytes);
+  const EncodeRequest request{source.data(), type, rows, columns, Encoding::kQ4, out.data(), placement, 0, nullptr, 3};
+  expect(!encode_tiles(request, 0).found, "a number is refused", rows, columns);
+  for (size_t first = 0; first < columns; first += kTileVectors) {
+    const size_t count = std::min(kTileVectors, columns - first);
+    for (size_t block = 0; block < group_count(rows) * kGroupBlocks; block++) {
+      std::vector<float> x;
+      for (size_t v = first; v < first + count; v++) {
+        for (size_t i = block * kBlock; i < (block + 1) * kBlock; i++) {
+          x.push_back(i < rows ? value_of(source, type, i * columns + v) : 0.0f);
+        }
+      }
+      const uint16_t wanted = q4_scale(x.data(), x.size(), kTileLevels);
+      const float scale = half_to_float_scalar(wanted);
+      const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+      bool is_right = true;
+      for (size_t k = 0; k < x.size(); k++) {
+        const uint8_t* row = out.data() + (first + k / kBlock) * bytes;
+        uint16_t half;
+        std::memcpy(&half, row + weights + 2 * block, 2);
+        is_right &= half == wanted;
+        is_right &= q4_integer(row, block * kBlock + k % kBlock) == static_cast<int>(rounded(x[k] * inverse, -8, 7));
+      }
+      expect(is_right, "tile", first, block);
+    }
+  }
+  checksum = crc32(out.data(), out.size(), checksum);
+
+  // Vector number v is column (7 v + 3) mod columns, which is each of them once: 7 divides none of the numbers of columns.
+  std::vector<uint8_t> shuffled(source.size());
+  std::vector<uint32_t> order(columns);
+  const size_t number_bytes = source_type_bytes(type);
+  for (size_t v = 0; v < columns; v++) {
+    const size_t column = (7 * v + 3) % columns;
+    order[column] = static_cast<uint32_t>(v);
+    for (size_t row = 0; row < rows; row++) {
+      std::memcpy(&shuffled[(row * columns + column) * number_bytes], &source[(row * columns + v) * number_bytes],
+                  number_bytes);
+    }
+  }
+  std::vector<uint8_t> again(out.size());
+  for (size_t row = 0; row < rows; row += kGroup) {
+    EncodeRequest band = request;
+    band.source = shuffled.data() + row * columns * number_bytes;
+    band.rows = std::min(kGroup, rows - row);
+    band.target = again.data();
+    band.order = order.data();
+    band.threads = 1;
+    expect(!encode_tiles(band, row).found, "a number is refused", row, columns);
+  }
+  expect(again == out, "tiles in an order, band by band", rows, columns);
+}
+
 /** The first by row, then column, whatever the threads; not those of skipped vectors. */
-void check_bad_numbers(bool by_columns) {
+void check_bad_numbers(bool by_columns, bool tiles) {
   constexpr size_t kSize = 520;
   std::vector<float> source(kSize * kSize, 0.5f);
   const auto put = [&](size_t row, size_t column, float value) { source[row * kSize + column] = value; };
@@ -188,7 +257,8 @@ void check_bad_numbers(bool by_columns) {
   put(7, 1, 1e6f);
   std::vector<uint8_t> out(kSize * row_bytes(Encoding::kQ4, kSize));
   std::vector<uint32_t> order(kSize);
-  for (size_t v = 0; v < kSize; v++) order[v] = v == (by_columns ? 7 : 1) || v == (by_columns ? 1 : 7) ? kSkipped : v;
+  uint32_t next = 0;
+  for (uint32_t v = 0; v < kSize; v++) order[v] = v == 7 || v == 1 ? kSkipped : tiles ? next++ : v;
   const size_t bytes = row_bytes(Encoding::kQ4, kSize);
   for (size_t threads = 1; threads < 5; threads++) {
     EncodeRequest request{reinterpret_cast<const uint8_t*>(source.data()),
@@ -201,10 +271,13 @@ void check_bad_numbers(bool by_columns) {
                           0,
                           order.data(),
                           threads};
-    const BadNumber bad = by_columns ? encode_columns(request, 0) : encode_rows(request);
+    const auto encode = [&] {
+      return tiles ? encode_tiles(request, 0) : by_columns ? encode_columns(request, 0) : encode_rows(request);
+    };
+    const BadNumber bad = encode();
     expect(bad.found && bad.row == 270 && bad.column == 400 && bad.value == -1e6f, "bad number", bad.row, bad.column);
     request.order = nullptr;
-    const BadNumber first = by_columns ? encode_columns(request, 0) : encode_rows(request);
+    const BadNumber first = encode();
     expect(first.found && first.row == 1 && first.column == 7, "first bad number", first.row, first.column);
   }
 }
@@ -222,8 +295,13 @@ int main() {
     }
   }
   check_shape(&random, SourceType::kBf16, Encoding::kF32, 1, 700, false);
-  check_bad_numbers(false);
-  check_bad_numbers(true);
+  for (const SourceType type : {SourceType::kBf16, SourceType::kF16, SourceType::kF32}) {
+    check_tiles(&random, type, 37, 67);
+    check_tiles(&random, type, 600, 96);
+  }
+  check_bad_numbers(false, false);
+  check_bad_numbers(true, false);
+  check_bad_numbers(true, true);
   std::printf("encode: %zu checks, %08x\n", checks, checksum);
   return failed ? 1 : 0;
 }

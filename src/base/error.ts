@@ -49,6 +49,7 @@ export const ERROR_CODES = {
   E_MEMORY: 'machine',
   E_CPU: 'machine',
   E_ADDON: 'machine',
+  E_NPU: 'machine',
   E_INTERRUPTED: 'interrupted',
 } as const satisfies Record<string, ExitName>;
 

@@ -19,6 +19,7 @@ interface Options {
   calibration?: string;
   predictor: PredictorMode;
   quality: Quality;
+  npu?: boolean;
   force?: boolean;
   json?: boolean;
 }
@@ -68,6 +69,7 @@ export function convertCommand(): Command {
         .choices(Object.keys(QUALITIES))
         .default('1%'),
     )
+    .option('--npu', 'also make graphs and int4 weights for a dense unit (q4 only); npu/ is as large as the neurons')
     .option('--force', 'replace an existing model, once the new one is whole')
     .option('--json', 'print progress and result as JSON, one object a line, on stdout')
     .addHelpText(
@@ -114,6 +116,7 @@ async function runConvert(checkpoint: string, options: Options): Promise<void> {
       calibration: options.calibration,
       predictor: options.predictor,
       quality: options.quality,
+      npu: options.npu ?? false,
     };
     const onEvent = (event: ConvertEvent) => (event.type === 'note' ? log.note(event.text) : log.progress(event));
     const result = await withInterrupt((signal) => convert(request, onEvent, signal));
@@ -246,6 +249,7 @@ function resultObject(result: ConvertResult): object {
     bytes: result.bytes,
     resident_bytes: result.residentBytes,
     neurons_bytes: result.neuronsBytes,
+    npu_bytes: result.npuBytes,
     bits_per_weight: result.bitsPerWeight,
     seconds: result.seconds,
     source_bytes: result.sourceBytes,
@@ -263,9 +267,10 @@ function resultObject(result: ConvertResult): object {
 function describe(result: ConvertResult): string[] {
   const { bitsPerWeight: bits } = result;
   const head = bits.head === null ? 'the embedding is the head' : `head ${bits.head}`;
+  const unit = result.npuBytes > 0 ? `, ${formatBytes(result.npuBytes)} for a dense unit` : '';
   const rate = formatBytes(Math.round(result.sourceBytesPerSecond));
   const lines = [
-    `made ${result.output}: ${formatBytes(result.bytes)}, ${formatBytes(result.residentBytes)} resident and ${formatBytes(result.neuronsBytes)} neurons`,
+    `made ${result.output}: ${formatBytes(result.bytes)}, ${formatBytes(result.residentBytes)} resident and ${formatBytes(result.neuronsBytes)} neurons${unit}`,
     `bits per weight: ffn ${bits.ffn}, attention ${bits.attention}, embedding ${bits.embedding}, ${head}; all ${bits.total}`,
     `took ${formatDuration(result.seconds)} (${rate}/s of the checkpoint), peak memory ${formatBytes(result.peakMemoryBytes)}`,
   ];

@@ -1,10 +1,12 @@
 import { Command } from 'commander';
 import { readModelProfile } from '../../converter/activation/profile-file.js';
 import { profileStatistics } from '../../converter/activation/statistics.js';
+import { type CheckedGraph, checkGraphs } from '../../converter/graph/check.js';
 import { formatBytes } from '../base/bytes.js';
 import { isSplit, wasteShare } from '../format/layout.js';
 import type { Manifest, PredictorEntry } from '../format/manifest.js';
 import { openModelDirectory } from '../format/model-directory.js';
+import { bankLayout } from '../format/npu.js';
 import { type PartSize, partSizes } from '../format/sizes.js';
 import { formatShare, formatTable } from '../report/format.js';
 import { describeCurve, predictorFacts, rankText } from '../report/predictor-table.js';
@@ -27,11 +29,17 @@ async function inspect(directory: string, flags: { json?: boolean }): Promise<vo
   const sizes = partSizes(manifest);
   const counted = await readModelProfile(model);
   const profile = counted && profileSummary(profileStatistics(counted));
-  if (flags.json) await writeJson(inspection(manifest, sizes, profile));
-  else await writeOut(describe(manifest, sizes, profile));
+  const graphs = await checkGraphs(model);
+  if (flags.json) await writeJson(inspection(manifest, sizes, profile, graphs));
+  else await writeOut(describe(manifest, sizes, profile, graphs));
 }
 
-function inspection(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary | null): object {
+function inspection(
+  manifest: Manifest,
+  sizes: PartSize[],
+  profile: ProfileSummary | null,
+  graphs: CheckedGraph[],
+): object {
   const { format, name, hyperparameters, quantization, layout, heat_order, predictor, provenance } = manifest;
   const total = totals(sizes);
   const parts = sizes.map(({ part, weights, bytes }) => ({
@@ -54,11 +62,17 @@ function inspection(manifest: Manifest, sizes: PartSize[], profile: ProfileSumma
     heat_order,
     profile,
     predictor: predictor === undefined ? null : predictorFacts(predictor),
+    npu: npuFacts(manifest, graphs),
     provenance,
   };
 }
 
-function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary | null): string {
+function describe(
+  manifest: Manifest,
+  sizes: PartSize[],
+  profile: ProfileSummary | null,
+  graphs: CheckedGraph[],
+): string {
   const { hyperparameters: h, quantization: q, layout, provenance } = manifest;
   const total = totals(sizes);
   const heads = `${h.head_count} heads of ${h.head_dim}, ${h.kv_head_count} for keys and values`;
@@ -73,7 +87,10 @@ function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary
     ['ffn', `${experts}${h.neuron_count} neurons, ${h.ffn.activation}${h.ffn.gated ? '' : ', no gate'}`],
     ['positions', `${h.context_length}, ${rotary || 'learned'}`],
     ['vocabulary', `${h.vocab_size}${h.tied_embeddings ? ', head tied to the embedding' : ''}`],
-    ['quantization', `${q.name}: ffn ${q.ffn}, attention ${q.attention}, embedding ${q.embedding}, head ${q.head}`],
+    [
+      'quantization',
+      `${q.name}: ffn ${q.ffn}, attention ${q.attention}, embedding ${q.embedding}, head ${q.head}${q.down_tiles === undefined ? '' : ', Down in tiles'}`,
+    ],
   ];
   const parts = [...sizes, { part: 'total', ...total }].map(({ part, weights, bytes }): [string, string] => {
     const bits = bitsPerWeight(weights, bytes);
@@ -114,9 +131,37 @@ function describe(manifest: Manifest, sizes: PartSize[], profile: ProfileSummary
     'Neuron bundles',
     formatTable(bundles),
     ...(predictor ? ['Predictor', formatTable(predictors), describeCurve(predictor)] : []),
+    ...(graphs.length > 0 ? [describeBanks(manifest), formatTable(graphs.map(graphRow))] : []),
     `Provenance: made by ${provenance.converter} from`,
     formatTable([...sources, ...calibration]),
   ].join('\n');
+}
+
+/** What there is for a dense unit; null for nothing. */
+function npuFacts({ npu, hyperparameters }: Manifest, graphs: CheckedGraph[]): object | null {
+  if (npu === undefined) return null;
+  return {
+    cluster_neurons: npu.cluster_neurons,
+    bank_bytes: bankLayout(hyperparameters).bytes,
+    graphs: graphs.map(({ facts, ...graph }) => ({
+      ...graph,
+      nodes: facts?.nodes ?? null,
+      weight_bytes: facts?.weightBytes ?? null,
+    })),
+  };
+}
+
+function describeBanks({ hyperparameters }: Manifest): string {
+  const { clusters, bytes } = bankLayout(hyperparameters);
+  const most = clusters[0].neurons;
+  const cut = `${clusters.length} of ${most} neurons${clusters.length > 1 ? ' or fewer' : ''}`;
+  return `Graphs for a dense unit: clusters ${cut}, ${formatBytes(bytes)} of weights a bank`;
+}
+
+function graphRow({ file, tokens, clusters, bytes, facts, problems }: CheckedGraph): [string, string] {
+  if (facts === null) return [file, `no unit would take it: ${problems.join('; ')}`];
+  const shape = `${String(tokens).padStart(3)} x ${clusters} clusters, ${String(facts.nodes).padStart(3)} nodes`;
+  return [file, `${shape}, ${formatBytes(bytes).padStart(8)}, weights ${formatBytes(facts.weightBytes)}`];
 }
 
 function qualityText({ budget, tokens, exact_perplexity }: PredictorEntry['quality']): string {

@@ -54,7 +54,7 @@ export function addEngineOptions(
   );
   const memory = new Option(
     '--memory <size>',
-    'memory of the whole process: 3G, 50% of the machine, or min; default: what is available',
+    'memory of the whole process: 3G, 50% of the machine, or min; default: what is available, but for 1/16 of the machine, 1 GiB at most',
   ).argParser(parseMemory);
   const modes = LOAD_MODES.join(', ');
   const loadMode = new Option('--load-mode <mode>', `where neurons are: ${modes}`).argParser(parseName(LOAD_MODES));

@@ -70,6 +70,34 @@ export interface EncodeRowsRequest {
  */
 export interface EncodeColumnsRequest extends EncodeRowsRequest {
   firstElement: number;
+  /**
+   * q4 only: 32 vectors, from the first on, share the scale of each 32 of their elements. The first is a multiple of 32 in its
+   * expert; with `order` the vectors are 0 to some n - 1, each once. The last tile may be short.
+   */
+  tiles: boolean;
+}
+
+/** Where the weights and scales of a matrix begin in a cluster; native/quantize/cluster.h. */
+export interface PackedMatrix {
+  weights: number;
+  scales: number;
+}
+
+/** Neurons of a cluster that become weights of a dense unit, FORMAT.md section 7. */
+export interface PackClusterRequest {
+  /** q4 bundles of `layout`, from the beginning of a unit; the first neuron is in slot `slot` of it. */
+  units: Uint8Array;
+  layout: EngineRequest['layout'];
+  slot: number;
+  neurons: number;
+  /** The same and the zeros behind them: a multiple of 32. */
+  paddedNeurons: number;
+  /** Number of the first in its cluster, a multiple of 32. */
+  first: number;
+  /** The cluster's bytes, zero before the first call. `neurons` of it are a multiple of 32. */
+  target: Uint8Array;
+  parts: { gate?: PackedMatrix; up: PackedMatrix; down: PackedMatrix; neurons: number; hiddenSize: number };
+  threads: number;
 }
 
 /** A number that cannot be stored: NaN or infinite, or too large for f16. Row and column of the source as given. */
@@ -240,8 +268,10 @@ export interface EngineRequest {
   /** 1 and 1 for a dense FFN. */
   expertCount: number;
   expertsPerToken: number;
-  /** Positions the KV cache holds. */
+  /** Positions the KV cache holds: of one sequence, and of all together, where what they share counts once. */
   contextLength: number;
+  /** Sequences that the KV cache holds at a time, numbered from 0. Default: 1. */
+  sequences?: number;
   threads: number;
   /** Absent: the best this CPU has. */
   kernelSet?: KernelSet;
@@ -260,11 +290,22 @@ export interface EngineRequest {
   traceRecords?: number;
 }
 
-export interface StepRequest {
-  /** Tokens of one sequence at positions `position`, `position + 1`, …; the KV cache below `position` must be filled. */
-  tokens: Int32Array;
+/**
+ * `count` tokens of one sequence at positions `position`, `position + 1`, …; below, it must be filled, and what it holds from
+ * there on is forgotten.
+ */
+export interface SequenceRun {
+  sequence: number;
   position: number;
-  /** Receives logits: of every token if `all`, else of the last. vocabSize floats for each. */
+  count: number;
+}
+
+export interface StepRequest {
+  /** Tokens of all runs, one run behind another. */
+  tokens: Int32Array;
+  /** At least one, each of another sequence. They are computed together, and each gets the bits that it gets alone. */
+  runs: readonly SequenceRun[];
+  /** Receives logits: of every token if `all`, else of the last of each run. vocabSize floats for each. */
   logits: Float32Array;
   all: boolean;
   /** Whether every neuron that fires is computed, though the engine has a predictor. Default: no. */
@@ -336,6 +377,13 @@ export interface Bandwidths {
 export interface NativeEngine {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
+  /**
+   * Lets sequence `to`, which must be empty, go on from the first `positions` positions of `from`: both share them, nothing is
+   * copied. Between steps.
+   */
+  fork(request: { from: number; to: number; positions: number }): void;
+  /** Empties a sequence: what it did not share is free for others. Between steps. */
+  release(request: { sequence: number }): void;
   counters(): EngineCounters;
   /** What threads did since the last call: records as native/base/trace.h has them, and how many did not fit. */
   drainTrace(): NativeTrace;
@@ -354,6 +402,8 @@ export interface NativeAddon {
   traceStages(): string[];
   encodeRows(request: EncodeRowsRequest): Promise<BadNumber | null>;
   encodeColumns(request: EncodeColumnsRequest): Promise<BadNumber | null>;
+  /** Packs neurons of a cluster for a dense unit. Rejects if Down has not one scale for each tile. */
+  packCluster(request: PackClusterRequest): Promise<void>;
   /** Decodes `rows` vectors that `encodeRows` wrote back to float32, row-major (for tests and inspection). */
   decodeRows(request: {
     source: Uint8Array;

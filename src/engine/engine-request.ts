@@ -42,11 +42,11 @@ export function modelRequest(
   return {
     residentPath: model.residentPath,
     neuronsPath: model.neuronsPath,
-    tensors: nativeTensors(model, (extent) => extent.file !== PREDICTOR_FILE),
+    tensors: nativeTensors(model, isPlain),
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
-    extents: nativeExtents(model, ({ file, name }) => file !== PREDICTOR_FILE && !name.endsWith('.checksums')),
+    extents: nativeExtents(model, (extent) => isPlain(extent) && !extent.name.endsWith('.checksums')),
     ...(heat_order === 'identity' ? {} : { orderOffsets: orderOffsets(model) }),
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
@@ -87,7 +87,7 @@ export function streamRequest(
     const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.checksums`);
     return offset + (bank % experts) * h.neuron_count * CHECKSUM_BYTES;
   });
-  const extents = nativeExtents(model, ({ file }) => file !== PREDICTOR_FILE);
+  const extents = nativeExtents(model, isPlain);
   return { stream: { ...stream, checksumOffsets }, extents };
 }
 
@@ -118,6 +118,11 @@ function orderOffsets(model: ModelDirectory): number[] {
   });
 }
 
+/** Whether an extent is of every model, neither of a predictor nor of a dense unit. */
+function isPlain({ file }: Extent): boolean {
+  return file === RESIDENT_FILE || file === NEURONS_FILE;
+}
+
 /** The tensors of weights in the extents that are wanted: no checksums, no heat orders. */
 function nativeTensors(model: ModelDirectory, wanted: (extent: Extent) => boolean): NativeTensor[] {
   const tensors: NativeTensor[] = [];
@@ -130,10 +135,11 @@ function nativeTensors(model: ModelDirectory, wanted: (extent: Extent) => boolea
 }
 
 const NATIVE_FILES = { [RESIDENT_FILE]: 'resident', [NEURONS_FILE]: 'neurons', [PREDICTOR_FILE]: 'predictor' } as const;
+type NativeFile = keyof typeof NATIVE_FILES;
 
 function nativeExtents(model: ModelDirectory, wanted: (extent: Extent) => boolean): NativeExtent[] {
   return model.manifest.extents.filter(wanted).map(({ name, file, offset, bytes, crc32 }) => {
-    return { name, file: NATIVE_FILES[file], offset, bytes, crc32: Number.parseInt(crc32, 16) };
+    return { name, file: NATIVE_FILES[file as NativeFile], offset, bytes, crc32: Number.parseInt(crc32, 16) };
   });
 }
 

@@ -5,14 +5,24 @@ import type { ModelDirectory } from '../format/model-directory.js';
 import type { MemoryLimit } from '../plan/memory-limit.js';
 import type { Ablation } from './ablation.js';
 import { loadAddon } from './addon.js';
-import type { Bandwidths, EngineRequest, KernelSet, NativeAddon, NativeEngine, NativeTrace } from './contract.js';
+import type {
+  Bandwidths,
+  EngineRequest,
+  KernelSet,
+  NativeAddon,
+  NativeEngine,
+  NativeTrace,
+  SequenceRun,
+} from './contract.js';
 import type { EngineCounters } from './counters.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
 
 export interface EngineOptions {
-  /** Positions of the KV cache; 0 takes the model's context length. */
+  /** Positions of the KV cache; 0 takes the model's context length. Sequences share them. */
   context: number;
+  /** Sequences that the KV cache holds at a time. Default: 1. */
+  sequences?: number;
   /** 0 takes the cores this process may run on. */
   threads: number;
   kernelSet?: KernelSet;
@@ -73,10 +83,28 @@ export interface StepEngine {
   /** Tokens computed together; a longer step is cut into pieces of so many. */
   readonly batchSize: number;
   /**
-   * Computes tokens of one sequence at `position` and after; the cache below must be filled. `logits` receives vocab_size
+   * Computes tokens of sequence 0 at `position` and after; the cache below must be filled. `logits` receives vocab_size
    * numbers of the last token, or of every token if `all`.
    */
   step(tokens: Int32Array, position: number, logits: Float32Array, options?: StepOptions): Promise<void>;
+}
+
+/** What decoding several sequences together needs of an engine. */
+export interface BatchEngine extends Omit<StepEngine, 'step'> {
+  /** Sequences that it holds at a time, numbered from 0. */
+  readonly sequences: number;
+  /**
+   * Computes tokens of several sequences, run behind run. `logits` receives vocab_size numbers of the last token of each run, or of
+   * every token if `all`.
+   */
+  stepRuns(
+    tokens: Int32Array,
+    runs: readonly SequenceRun[],
+    logits: Float32Array,
+    options?: StepOptions,
+  ): Promise<void>;
+  fork(from: number, to: number, positions: number): void;
+  release(sequence: number): void;
 }
 
 /** Bytes of the neuron cache by region; STREAMING.md has what is in them. */
@@ -89,8 +117,9 @@ export interface Regions {
 }
 
 /** An open model in memory. Close it: its weights are not the garbage collector's. */
-export class Engine implements StepEngine {
+export class Engine implements StepEngine, BatchEngine {
   readonly contextLength: number;
+  readonly sequences: number;
   readonly vocabSize: number;
   readonly batchSize: number;
   readonly threads: number;
@@ -139,6 +168,7 @@ export class Engine implements StepEngine {
     this.notice = notice;
     this.batchSize = request.batchSize;
     this.contextLength = request.contextLength;
+    this.sequences = request.sequences ?? 1;
     this.vocabSize = request.vocabSize;
     this.threads = request.threads;
     this.firedBytesPerToken = request.layerCount * request.expertCount * Math.ceil(request.neuronCount / 8);
@@ -162,7 +192,10 @@ export class Engine implements StepEngine {
       throw new Pi2Error('E_CPU', `this CPU cannot run ${kernelSet} kernels`, `it can run: ${known}`);
     }
     const contextLength = chooseContext(model, options.context);
-    const request = modelRequest(model, contextLength, options.threads || cpu.cores, kernelSet);
+    const request = {
+      ...modelRequest(model, contextLength, options.threads || cpu.cores, kernelSet),
+      ...(options.sequences === undefined ? {} : { sequences: options.sequences }),
+    };
     try {
       const planned = await planRequest(model, request, options, addon);
       const native = await addon.openEngine(planned.request);
@@ -172,14 +205,33 @@ export class Engine implements StepEngine {
     }
   }
 
-  async step(tokens: Int32Array, position: number, logits: Float32Array, options: StepOptions = {}): Promise<void> {
+  step(tokens: Int32Array, position: number, logits: Float32Array, options: StepOptions = {}): Promise<void> {
+    return this.stepRuns(tokens, [{ sequence: 0, position, count: tokens.length }], logits, options);
+  }
+
+  async stepRuns(
+    tokens: Int32Array,
+    runs: readonly SequenceRun[],
+    logits: Float32Array,
+    options: StepOptions = {},
+  ): Promise<void> {
     try {
-      await this.#native.step({ tokens, position, logits, all: false, ...options });
+      await this.#native.step({ tokens, runs, logits, all: false, ...options });
     } catch (error) {
       throw nativeError(error, 'compute');
     }
     // A step has the rings for itself.
     if (this.#isTraced) this.#traces.push(this.#native.drainTrace());
+  }
+
+  /** Lets the empty sequence `to` go on from the first `positions` positions of `from`, which both share. */
+  fork(from: number, to: number, positions: number): void {
+    this.#native.fork({ from, to, positions });
+  }
+
+  /** Empties a sequence. */
+  release(sequence: number): void {
+    this.#native.release({ sequence });
   }
 
   /** What was traced since the last call, a part for each step. */

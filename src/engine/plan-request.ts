@@ -24,6 +24,8 @@ import { type ModelRequest, predictorRequest, streamRequest } from './engine-req
 
 /** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
 const RESERVE_BYTES = 32 * 1024 * 1024;
+/** Of each neuron, where a profile tells how often it fires: its rate as read, as the engine is told it, and as it keeps it. */
+const RATE_BYTES = 3 * Float32Array.BYTES_PER_ELEMENT;
 /** The least that a message names is this much more: a process is not as large every time. */
 const SLACK_BYTES = 8 * 1024 * 1024;
 
@@ -59,7 +61,8 @@ export async function planRequest(
   const how = { mode: loadMode === 'buffered' ? 'buffered' : 'direct', policy, ...ablateStream(ablated) } as const;
   // What is mapped is the page cache's: the budget is of what the process takes for itself.
   const mode = isMapped ? 'resident' : loadMode === 'direct' || loadMode === 'buffered' ? 'stream' : loadMode;
-  const processBytes = process.memoryUsage.rss() + RESERVE_BYTES;
+  const rateBytes = model.profilePath === null ? 0 : RATE_BYTES * base.expertOffsets.length * base.neuronCount;
+  const processBytes = process.memoryUsage.rss() + RESERVE_BYTES + rateBytes;
   const hasMatrixUnit = !isMapped && (base.kernelSet ?? addon.cpu().kernelSets.at(-1)) === 'amx';
   const requestOf = (
     batchSize: number,

@@ -13,11 +13,13 @@ import {
   type TensorEntry,
 } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
+import { graphFile, NPU_WEIGHTS_FILE } from '../format/npu.js';
 import type { NativeAddon } from './contract.js';
 import { nativeLayout } from './engine-request.js';
 
 /** Read at once, unless one unit is larger. */
 const PIECE_BYTES = 4 * 1024 * 1024;
+const HASH_BYTES = 256 * 1024;
 /** Bundles named for each extent; a wrong disk has millions. */
 const BUNDLES_NAMED_MAX = 20;
 
@@ -47,6 +49,7 @@ export async function verifyModel(
     [RESIDENT_FILE, model.residentPath],
     [NEURONS_FILE, model.neuronsPath],
   ];
+  if (model.manifest.npu) paths.push([NPU_WEIGHTS_FILE, model.npuWeightsPath]);
   if (model.manifest.predictor) paths.push([PREDICTOR_FILE, model.predictorPath]);
   const files = new Map<Extent['file'], OpenFile>();
   try {
@@ -87,6 +90,7 @@ class Verifier {
       }
     }
     await this.#profile();
+    await this.#graphs();
     return this.#wrong;
   }
 
@@ -103,24 +107,34 @@ class Verifier {
         this.#wrong.push({ extent, file: RESIDENT_FILE, problems: [error.message] });
       });
     }
+    await this.#digest('profile', PROFILE_FILE, profilePath, heat_order.profile_sha256);
+  }
+
+  /** That each graph for a dense unit is the one that was made. */
+  async #graphs(): Promise<void> {
+    for (const graph of this.model.manifest.npu?.graphs ?? []) {
+      await this.#digest('graph', graphFile(graph), this.model.graphPath(graph), graph.sha256);
+    }
+  }
+
+  async #digest(extent: string, name: string, path: string, sha256: string): Promise<void> {
     const hash = createHash('sha256');
-    const file = await openFile(profilePath);
+    const file = await openFile(path);
     try {
-      const buffer = Buffer.alloc(Math.min(PIECE_BYTES, heat_order.profile_bytes));
+      const buffer = Buffer.alloc(HASH_BYTES);
       for (;;) {
         const { bytesRead } = await file.read(buffer, 0, buffer.length, null);
         if (bytesRead === 0) break;
         hash.update(buffer.subarray(0, bytesRead));
       }
     } catch (error) {
-      throw fileError(error, 'read', profilePath);
+      throw fileError(error, 'read', path);
     } finally {
       await file.close();
     }
     const found = hash.digest('hex');
-    if (found === heat_order.profile_sha256) return;
-    const problems = [`sha256 is ${found}, the manifest says ${heat_order.profile_sha256}`];
-    this.#wrong.push({ extent: 'profile', file: PROFILE_FILE, problems });
+    if (found === sha256) return;
+    this.#wrong.push({ extent, file: name, problems: [`sha256 is ${found}, the manifest says ${sha256}`] });
   }
 
   /** A plain extent of `resident.bin` or `predictor.bin`. */

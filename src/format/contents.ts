@@ -1,6 +1,7 @@
 import type { Encoding } from './encoding.js';
 import { expertCount, type Hyperparameters } from './hyperparameters.js';
 import { type Extent, type Manifest, NEURONS_FILE, PREDICTOR_FILE, RESIDENT_FILE } from './manifest.js';
+import { bankExtent, NPU_WEIGHTS_FILE } from './npu.js';
 
 /** A tensor that a model with certain hyper-parameters has; FORMAT.md section 3. */
 export interface ExpectedTensor {
@@ -13,11 +14,14 @@ export interface ExpectedTensor {
 
 /** The extents of a model. Their order in the manifest is that of their offsets. */
 export function expectedExtents(
-  manifest: Pick<Manifest, 'hyperparameters' | 'heat_order' | 'predictor'>,
+  manifest: Pick<Manifest, 'hyperparameters' | 'heat_order' | 'predictor' | 'npu'>,
 ): { name: string; file: Extent['file'] }[] {
-  const layers = Array.from({ length: manifest.hyperparameters.layer_count }, (_, layer) => `layers.${layer}`);
+  const { hyperparameters: h } = manifest;
+  const layers = Array.from({ length: h.layer_count }, (_, layer) => `layers.${layer}`);
   const ordered = manifest.heat_order === 'identity' ? [] : layers;
   const predicted = manifest.predictor === undefined ? [] : layers;
+  const experts = expertCount(h);
+  const banks = manifest.npu === undefined ? 0 : h.layer_count * experts;
   return [
     { name: 'embedding', file: RESIDENT_FILE },
     ...layers.map((layer) => ({ name: `${layer}.attention`, file: RESIDENT_FILE }) as const),
@@ -26,6 +30,9 @@ export function expectedExtents(
     ...ordered.map((layer) => ({ name: `${layer}.heat_order`, file: RESIDENT_FILE }) as const),
     ...layers.map((layer) => ({ name: `${layer}.neurons`, file: NEURONS_FILE }) as const),
     ...predicted.map((layer) => ({ name: `${layer}.predictor`, file: PREDICTOR_FILE }) as const),
+    ...Array.from({ length: banks }, (_, bank) => {
+      return { name: bankExtent(Math.floor(bank / experts), bank % experts), file: NPU_WEIGHTS_FILE } as const;
+    }),
   ];
 }
 

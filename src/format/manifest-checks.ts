@@ -1,11 +1,14 @@
-import { scaleBytes, weightBytes } from './encoding.js';
+import { BLOCK, scaleBytes, weightBytes } from './encoding.js';
 import { roundUpToPage } from './layout.js';
 import type { Manifest } from './manifest.js';
+import { clusterNeurons, graphShapes } from './npu.js';
 
 /** No layout function packs more neurons together; bounds the memory that one unit can ask for. */
 const NEURONS_PER_UNIT_MAX = 1024;
 /** A predictor of more hidden units would cost more than the neurons it saves. */
 const PREDICTOR_RANK_MAX = 65536;
+/** A graph holds no weights: some kilobytes. */
+const GRAPH_BYTES_MAX = 1024 * 1024;
 
 /** What the hyper-parameters contradict each other in, in words; null if nothing. */
 export function checkHyperparameters(manifest: Manifest): string | null {
@@ -70,6 +73,30 @@ export function checkPredictor({ predictor, hyperparameters: h }: Manifest): str
     if (i > 0 && point.kept_share <= predictor.points[i - 1].kept_share) {
       return `predictor.points.${i}.kept_share is not above the one before`;
     }
+  }
+  return null;
+}
+
+/** What graphs for a dense unit contradict the model in, in words; null if nothing. */
+export function checkNpu({ npu, hyperparameters: h, quantization }: Manifest): string | null {
+  const { ffn, down_tiles } = quantization;
+  if (down_tiles !== undefined && ffn !== 'q4') return `quantization.down_tiles: bundles are ${ffn}, tiles are q4`;
+  if ((npu === undefined) !== (down_tiles === undefined)) {
+    return 'npu and quantization.down_tiles: a model has both or neither';
+  }
+  if (npu === undefined) return null;
+  if (h.hidden_size % BLOCK !== 0) return `npu: hidden_size ${h.hidden_size} is not a multiple of ${BLOCK}`;
+  const size = clusterNeurons(h.neuron_count);
+  if (npu.cluster_neurons !== size) return `npu.cluster_neurons is ${npu.cluster_neurons}, the model needs ${size}`;
+  const shapes = graphShapes(h.neuron_count);
+  if (npu.graphs.length !== shapes.length) {
+    return `npu.graphs has ${npu.graphs.length} entries, the model needs ${shapes.length}`;
+  }
+  for (const [i, { tokens, clusters, bytes }] of npu.graphs.entries()) {
+    if (tokens !== shapes[i].tokens || clusters !== shapes[i].clusters) {
+      return `npu.graphs.${i} is of ${tokens} tokens and ${clusters} clusters, expected ${shapes[i].tokens} and ${shapes[i].clusters}`;
+    }
+    if (bytes > GRAPH_BYTES_MAX) return `npu.graphs.${i} has ${bytes} bytes, more than any graph`;
   }
   return null;
 }

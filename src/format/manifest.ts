@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import { ENCODINGS } from './encoding.js';
 import { hyperparametersSchema } from './hyperparameters.js';
+import { DOWN_TILE, NPU_WEIGHTS_FILE } from './npu.js';
 
 /** Version of the format this program writes, and the newest it reads. */
 export const FORMAT_VERSION = 1;
@@ -22,7 +23,7 @@ const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
 
 export const extentSchema = z.strictObject({
   name: z.string().min(1),
-  file: z.enum([RESIDENT_FILE, NEURONS_FILE, PREDICTOR_FILE]),
+  file: z.enum([RESIDENT_FILE, NEURONS_FILE, PREDICTOR_FILE, NPU_WEIGHTS_FILE]),
   offset: bytes,
   bytes: count,
   /** CRC-32 of the extent's bytes, 8 lower-case hex digits. */
@@ -87,6 +88,13 @@ const predictorSchema = z.strictObject({
   curve: z.array(operatingPointSchema.omit({ memory_thresholds: true, flash_thresholds: true })),
 });
 
+/** Graphs for a dense unit, and what their weights are cut into; section 7 of FORMAT.md. */
+const npuSchema = z.strictObject({
+  /** Neurons of every cluster of a bank but the last. */
+  cluster_neurons: count,
+  graphs: z.array(z.strictObject({ tokens: count, clusters: count, bytes: count, sha256 })),
+});
+
 export const manifestSchema = z.strictObject({
   format: z.strictObject({ name: z.literal('pi2'), version: z.number().int().min(1) }),
   /** Name of the checkpoint's directory. */
@@ -98,6 +106,8 @@ export const manifestSchema = z.strictObject({
     attention: encoding,
     embedding: encoding,
     head: encoding,
+    /** Of Down: so many neurons share a scale. Absent: each has its own. */
+    down_tiles: z.literal(DOWN_TILE).optional(),
   }),
   layout: z.strictObject({
     matrices: z.union([z.literal(2), z.literal(3)]),
@@ -121,6 +131,8 @@ export const manifestSchema = z.strictObject({
   ]),
   /** Absent: every gate is computed. */
   predictor: predictorSchema.optional(),
+  /** Absent: there is no `npu/`, and no unit but the CPU can compute the model from its files. */
+  npu: npuSchema.optional(),
   extents: z.array(extentSchema),
   tensors: z.array(tensorSchema),
   provenance: z.strictObject({
@@ -134,6 +146,7 @@ export const manifestSchema = z.strictObject({
 
 export type Manifest = z.infer<typeof manifestSchema>;
 export type PredictorEntry = z.infer<typeof predictorSchema>;
+export type NpuEntry = z.infer<typeof npuSchema>;
 export type OperatingPoint = z.infer<typeof operatingPointSchema>;
 export type Extent = z.infer<typeof extentSchema>;
 export type TensorEntry = z.infer<typeof tensorSchema>;

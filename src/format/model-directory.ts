@@ -17,7 +17,8 @@ import {
   RESIDENT_FILE,
   type TensorEntry,
 } from './manifest.js';
-import { checkHyperparameters, checkLayout, checkPredictor } from './manifest-checks.js';
+import { checkHyperparameters, checkLayout, checkNpu, checkPredictor } from './manifest-checks.js';
+import { bankLayout, type GraphShape, graphFile, NPU_FOLDER, NPU_WEIGHTS_FILE } from './npu.js';
 
 /** Tensors begin at multiples of this inside their extent. */
 export const TENSOR_ALIGNMENT = 64;
@@ -62,6 +63,16 @@ export class ModelDirectory {
 
   get predictorPath(): string {
     return path.join(this.path, PREDICTOR_FILE);
+  }
+
+  /** Weights of a dense unit; there only if the manifest has `npu`. */
+  get npuWeightsPath(): string {
+    return path.join(this.path, NPU_WEIGHTS_FILE);
+  }
+
+  /** One of the graphs of the manifest's `npu`. */
+  graphPath(shape: GraphShape): string {
+    return path.join(this.path, graphFile(shape));
   }
 
   /** The activation profile that the heat order is made of; null when the neurons are in the order of the checkpoint. */
@@ -203,6 +214,7 @@ function findProblem(manifest: Manifest): string | null {
     checkHyperparameters(manifest) ??
     checkLayout(manifest) ??
     checkPredictor(manifest) ??
+    checkNpu(manifest) ??
     checkExtents(manifest) ??
     checkTensors(manifest)
   );
@@ -210,7 +222,7 @@ function findProblem(manifest: Manifest): string | null {
 
 function checkExtents(manifest: Manifest): string | null {
   const expected = new Map(expectedExtents(manifest).map((extent) => [extent.name, extent.file]));
-  const ends = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0, [PREDICTOR_FILE]: 0 };
+  const ends = { [RESIDENT_FILE]: 0, [NEURONS_FILE]: 0, [PREDICTOR_FILE]: 0, [NPU_WEIGHTS_FILE]: 0 };
   const seen = new Set<string>();
   for (const extent of manifest.extents) {
     if (!expected.has(extent.name)) return `unknown extent ${extent.name}`;
@@ -227,7 +239,11 @@ function checkExtents(manifest: Manifest): string | null {
   const { hyperparameters: h, layout } = manifest;
   const neuronBytes = expertCount(h) * expertBytes(layout, h.neuron_count);
   const orderBytes = 4 * expertCount(h) * h.neuron_count;
+  const bankBytes = manifest.npu === undefined ? 0 : bankLayout(h).bytes;
   for (const extent of manifest.extents) {
+    if (extent.file === NPU_WEIGHTS_FILE && extent.bytes !== bankBytes) {
+      return `extent ${extent.name} has ${extent.bytes} bytes, its clusters take ${bankBytes}`;
+    }
     if (extent.file === NEURONS_FILE && extent.bytes !== neuronBytes) {
       return `extent ${extent.name} has ${extent.bytes} bytes, its bundles take ${neuronBytes}`;
     }
@@ -279,6 +295,8 @@ async function checkFileSizes(directory: string, manifest: Manifest): Promise<vo
   const sizes = new Map<string, number>();
   for (const { file, offset, bytes } of manifest.extents) sizes.set(file, roundUpToPage(offset + bytes));
   if (manifest.heat_order !== 'identity') sizes.set(PROFILE_FILE, manifest.heat_order.profile_bytes);
+  for (const graph of manifest.npu?.graphs ?? []) sizes.set(graphFile(graph), graph.bytes);
+  if (manifest.npu !== undefined) await requireOwnFolder(directory, NPU_FOLDER);
   for (const [name, expected] of sizes) {
     const file = path.join(directory, name);
     let found: Awaited<ReturnType<typeof lstat>>;
@@ -294,6 +312,15 @@ async function checkFileSizes(directory: string, manifest: Manifest): Promise<vo
       throw new Pi2Error('E_MODEL', `${file} ${words}: ${found.size} bytes, expected ${expected}`, CONVERT_AGAIN);
     }
   }
+}
+
+/** A folder of the directory itself: a link could lead outside of it. */
+async function requireOwnFolder(directory: string, name: string): Promise<void> {
+  const isFolder = await lstat(path.join(directory, name)).then(
+    (found) => found.isDirectory(),
+    () => false,
+  );
+  if (!isFolder) throw new Pi2Error('E_MODEL', `${directory} is not whole: it has no folder ${name}`, CONVERT_AGAIN);
 }
 
 async function regularFile(directory: string, name: string): Promise<string | null> {

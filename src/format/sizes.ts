@@ -1,5 +1,6 @@
 import { expertCount } from './hyperparameters.js';
 import { type Manifest, NEURONS_FILE } from './manifest.js';
+import { NPU_WEIGHTS_FILE } from './npu.js';
 
 /** The parts that `inspect` tells apart, in the order it shows them. */
 const PARTS = [
@@ -12,6 +13,7 @@ const PARTS = [
   'head',
   'checksums',
   'heat order',
+  'dense unit',
 ] as const;
 export type Part = (typeof PARTS)[number];
 
@@ -37,12 +39,12 @@ export function partSizes(manifest: Manifest): PartSize[] {
   }
   const { hyperparameters: h, layout } = manifest;
   const ffnWeights = h.layer_count * expertCount(h) * h.neuron_count * layout.matrices * h.hidden_size;
-  const ffnExtents = manifest.extents.filter((extent) => extent.file === NEURONS_FILE);
-  add(
-    'ffn',
-    ffnWeights,
-    ffnExtents.reduce((sum, extent) => sum + extent.bytes, 0),
-  );
+  const fileBytes = (file: string) =>
+    manifest.extents.reduce((sum, extent) => sum + (extent.file === file ? extent.bytes : 0), 0);
+  add('ffn', ffnWeights, fileBytes(NEURONS_FILE));
+  const graphBytes = (manifest.npu?.graphs ?? []).reduce((sum, graph) => sum + graph.bytes, 0);
+  // The weights are those of the FFN once more.
+  add('dense unit', 0, fileBytes(NPU_WEIGHTS_FILE) + graphBytes);
   return [...sizes.values()].filter((size) => size.bytes > 0);
 }
 

@@ -24,7 +24,7 @@ export function parseMemoryLimit(text: string): MemoryLimit {
 
 /**
  * The budget in bytes of the whole process, of which `processBytes` are taken already. Without a limit it is what the machine
- * can give today; `min` is 0: the planner takes the least there is.
+ * can give today and still run its other programs; `min` is 0: the planner takes the least there is.
  */
 export function budgetBytes(limit: MemoryLimit | undefined, processBytes: number): number {
   switch (limit?.kind) {
@@ -52,12 +52,17 @@ function machineBytes(): number {
   return limit > 0 ? Math.min(limit, os.totalmem()) : os.totalmem();
 }
 
+/** Of a machine's memory, what nobody asked us to take is left to its other programs: this share, up to so many bytes. */
+const LEFT_SHARE = 1 / 16;
+const MOST_LEFT_BYTES = 2 ** 30;
+
 /**
- * Memory this process can still take: what the kernel calls available, under the limit of its control group. Page cache does
- * not count as taken, unlike in `process.availableMemory`.
+ * Memory this process can take without being asked to: what the kernel calls available but for what is left to others, under
+ * the limit of its control group. Page cache does not count as taken, unlike in `process.availableMemory`.
  */
 function availableBytes(): number {
   const limit = process.constrainedMemory();
   const left = limit > 0 ? limit - process.memoryUsage.rss() : Number.POSITIVE_INFINITY;
-  return Math.max(0, Math.min(os.freemem(), left));
+  const others = Math.min(LEFT_SHARE * os.totalmem(), MOST_LEFT_BYTES);
+  return Math.floor(Math.max(0, Math.min(os.freemem() - others, left)));
 }

@@ -9,6 +9,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import fc from 'fast-check';
 import { loadAddon } from '../../src/engine/addon.js';
 import type { EngineRequest } from '../../src/engine/contract.js';
+import { oneRun } from './one-run.js';
 
 const CODES = ['NATIVE_ARGUMENT', 'NATIVE_IO', 'NATIVE_CHECKSUM', 'NATIVE_MEMORY', 'NATIVE_CPU'];
 const STEP_TOKENS = 20;
@@ -85,7 +86,7 @@ async function attempt(request: EngineRequest): Promise<string> {
   const count = Math.min(STEP_TOKENS, request.contextLength);
   const tokens = Int32Array.from({ length: count }, (_, i) => i % request.vocabSize);
   const logits = new Float32Array(count * request.vocabSize);
-  await engine.step({ tokens, position: 0, logits, all: true });
+  await engine.step({ ...oneRun(tokens, 0), logits, all: true });
   await engine.close();
   return 'opened';
 }
