@@ -7,7 +7,7 @@ import { openModelDirectory } from '../src/format/model-directory.js';
 import { OthersMeter } from './others.js';
 
 /** The run before the first measurement: it touches every weight and wakes the threads. */
-const WARM_UP: BenchTest = { promptTokens: 0, generatedTokens: 4, depth: 0 };
+const WARM_UP: BenchTest = { promptTokens: 0, generatedTokens: 4, depth: 0, sequences: 1 };
 const SEED = 1;
 
 export interface MeasureOptions {
@@ -61,8 +61,8 @@ export async function measureModel(directory: string, options: MeasureOptions): 
     const bandwidth = async () => (await engine.measureBandwidths(0)).memory as number;
     const run = async (test: BenchTest) => (await runner.run(test)) as Sample;
     const tests = [
-      { promptTokens, generatedTokens: 0, depth: 0 },
-      { promptTokens: 0, generatedTokens, depth: 0 },
+      { promptTokens, generatedTokens: 0, depth: 0, sequences: 1 },
+      { promptTokens: 0, generatedTokens, depth: 0, sequences: 1 },
     ].filter((test) => test.promptTokens + test.generatedTokens > 0);
     const samples = new Map<BenchTest, Sample[]>(tests.map((test) => [test, []]));
     await run(WARM_UP);
@@ -91,7 +91,7 @@ export async function measureModel(directory: string, options: MeasureOptions): 
 
 function summarizeTest(test: BenchTest, samples: readonly Sample[]): TestResult {
   const { before, after } = joinCounters(samples);
-  const counted = (key: Exclude<keyof EngineCounters, 'stream' | 'predictor'>) => after[key] - before[key];
+  const counted = (key: Exclude<keyof EngineCounters, 'stream' | 'predictor' | 'unit'>) => after[key] - before[key];
   return {
     test: testName(test),
     tokensPerSecond: samples.map(({ ms }) => (1000 * (test.promptTokens + test.generatedTokens)) / ms),

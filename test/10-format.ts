@@ -214,6 +214,7 @@ t.test('sizes are read and written for people', async (t) => {
   t.equal(formatBytes(1023), '1023 B');
   t.equal(formatBytes(1536), '1.50 KiB');
   t.equal(formatBytes(1000 * 1024), '1000 KiB');
+  t.equal(formatBytes(999.7 * 1024), '999.7 KiB');
   t.equal(formatBytes(123.4 * 1024 ** 3), '123 GiB');
   fc.assert(
     fc.property(fc.integer({ min: 1, max: 2 ** 50 }), (bytes) => {

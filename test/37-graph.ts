@@ -13,14 +13,17 @@ import { lintGraph } from '../converter/graph/lint.js';
 import { makeGraph } from '../converter/graph/onnx.js';
 import { recipeFor } from '../converter/quantize/recipe.js';
 import { planExtents } from '../converter/steps/extents.js';
-import { cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
+import { bundlePlacement, cutPieces, type Load, leastLimits, loadBytes } from '../converter/steps/pieces.js';
 import { loadAddon } from '../src/engine/addon.js';
 import { SKIPPED } from '../src/engine/contract.js';
+import { nativeLayout } from '../src/engine/engine-request.js';
 import { verifyModel } from '../src/engine/verify.js';
 import { scaleBytes, weightBytes } from '../src/format/encoding.js';
 import { expertCount, type Hyperparameters } from '../src/format/hyperparameters.js';
+import { chooseBundleLayout, expertBytes } from '../src/format/layout.js';
 import { type ModelDirectory, openModelDirectory, parseManifest } from '../src/format/model-directory.js';
 import { bankExtent, bankLayout, type Cluster, DOWN_TILE, graphShapes, type NpuMatrix } from '../src/format/npu.js';
+import { buildProgram, jsonLines, runCli } from './support/cli.js';
 import { decodedWeights } from './support/decoded-weights.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { makeModel } from './support/models.js';
@@ -580,4 +583,178 @@ t.test('what a unit cannot take is refused before anything is converted', async 
     code: 'E_UNSUPPORTED',
     message: /hidden size 80 is not a multiple of 32/,
   });
+});
+
+t.test('the commands: convert --npu, inspect, verify', async (t) => {
+  buildProgram();
+  const model = await modelOf('silu by heat');
+  const words = await runCli('inspect', model);
+  t.match(words.stdout, /Down in tiles.*dense unit +[\d.]+ KiB.*clusters 3 of 128 neurons or fewer, .* a bank/s);
+  t.match(words.stdout, /npu\/t128-c3\.onnx +tokens 128, clusters 3, nodes 22, +[\d.]+ KiB, weights [\d.]+ KiB\n/);
+  const [facts] = jsonLines((await runCli('inspect', model, '--json')).stdout);
+  t.match(facts.npu, { cluster_neurons: 128, bank_bytes: Number, graphs: { length: 15 } });
+  t.match(facts.npu.graphs[1], { tokens: 1, clusters: 2, file: 'npu/t1-c2.onnx', nodes: 15, problems: [] });
+  t.match(await runCli('verify', model), { status: 0, stdout: /and 15 graphs/ });
+  const lines = jsonLines((await runCli('verify', model, '--json')).stdout);
+  t.match(lines.at(-1), { ok: true, graphs: 15, wrong_extents: 0 });
+
+  const checkpoint = (await modelOf('drelu')).replace(/\.pi2$/, '');
+  const output = join(scratch, 'command.pi2');
+  const made = await runCli('convert', checkpoint, '-o', output, '--npu');
+  t.match(made, { status: 0, stderr: /neurons, [\d.]+ KiB for a dense unit/ });
+  t.match(await runCli('convert', checkpoint, '-o', output, '--npu', '--quant', 'q8'), {
+    status: 2,
+    stderr: /--npu with --quant q8.*4-bit.*\n.*--quant q4/,
+  });
+});
+
+t.test('the addon packs nothing that is not there', async (t) => {
+  const model = await openModelDirectory(await modelOf('drelu'));
+  const { hyperparameters: h, layout } = model.manifest;
+  const [cluster] = bankLayout(h).clusters;
+  const place = ({ weights, scales }: NpuMatrix) => ({ weights: weights.offset, scales: scales.offset });
+  const parts = {
+    ...{ gate: place(cluster.gate as NpuMatrix), up: place(cluster.up), down: place(cluster.down) },
+    ...{ neurons: cluster.paddedNeurons, hiddenSize: h.hidden_size },
+  };
+  const target = new Uint8Array(cluster.range.bytes);
+  const neurons = cluster.neurons;
+  const units = readFileSync(model.neuronsPath).subarray(0, expertBytes(layout, neurons));
+  const counts = { slot: 0, neurons, paddedNeurons: neurons, first: 0, threads: 2 };
+  const request = { units, layout: nativeLayout(layout), ...counts, target, parts };
+  const { packCluster, encodeColumns } = loadAddon();
+  await packCluster(request);
+  t.ok(Buffer.from(target).equals(bankBytes(model, 0).subarray(0, cluster.range.bytes)), 'what convert made');
+  const lies: object[] = [
+    { units: units.subarray(0, units.length - 1) },
+    { slot: layout.neurons_per_unit },
+    { slot: 1 },
+    { neurons: neurons + 1 },
+    { paddedNeurons: neurons + 1 },
+    { paddedNeurons: neurons + 32 },
+    { first: 32 },
+    { first: 1 },
+    { target: target.subarray(0, -64) },
+    { parts: { ...parts, gate: undefined } },
+    { parts: { ...parts, hiddenSize: h.hidden_size + 32 } },
+    { parts: { ...parts, hiddenSize: 2 ** 52 } },
+    { parts: { ...parts, neurons: 0 } },
+    { parts: { ...parts, up: { weights: 2 ** 52, scales: 0 } } },
+    { parts: { ...parts, down: { weights: 0, scales: target.length } } },
+    { layout: { ...request.layout, part2Bytes: 1 } },
+  ];
+  for (const lie of lies) {
+    await t.rejects(packCluster({ ...request, ...lie }), { code: 'NATIVE_ARGUMENT' }, JSON.stringify(lie).slice(0, 80));
+  }
+  const plain = await openModelDirectory(await convertAgain(model.path, { npu: false }));
+  const untiled = readFileSync(plain.neuronsPath).subarray(0, units.length);
+  await t.rejects(packCluster({ ...request, units: untiled }), { message: /Down is not in tiles/ });
+
+  const source = new Uint8Array(4 * 32 * 64);
+  const placement = {
+    perUnit: 1,
+    unitBytes: 144,
+    weightsOffset: 0,
+    weightsStride: 144,
+    scalesOffset: 128,
+    scalesStride: 144,
+  };
+  const band = {
+    source,
+    sourceType: 'F32',
+    rows: 32,
+    columns: 64,
+    encoding: 'q4',
+    target: new Uint8Array(64 * 144),
+  } as const;
+  const columns = { ...band, placement, firstVector: 0, threads: 1, firstElement: 0, tiles: true };
+  const order = Uint32Array.from({ length: 64 }, (_, i) => i);
+  t.equal(await encodeColumns({ ...columns, order }), null);
+  const twice = order.slice().fill(3, 4, 5);
+  const gap = order.slice().fill(SKIPPED, 4, 5);
+  const far = order.slice().fill(64, 4, 5);
+  for (const lie of [
+    { order: twice },
+    { order: gap },
+    { order: far },
+    { firstVector: 16 },
+    { encoding: 'q8' as const },
+  ]) {
+    await t.rejects(
+      encodeColumns({ ...columns, ...lie }),
+      { code: 'NATIVE_ARGUMENT' },
+      JSON.stringify(lie).slice(0, 80),
+    );
+  }
+});
+
+t.test('whatever the shape, and however a cluster is cut, packing keeps every number', async () => {
+  const { encodeRows, encodeColumns, decodeRows, packCluster } = loadAddon();
+  const shapes = fc.record({
+    blocks: fc.integer({ min: 1, max: 11 }),
+    neurons: fc.integer({ min: 1, max: 300 }),
+    gated: fc.boolean(),
+    tilesAtOnce: fc.integer({ min: 1, max: 5 }),
+    threads: fc.integer({ min: 1, max: 3 }),
+    seed: fc.nat(),
+  });
+  await fc.assert(
+    fc.asyncProperty(shapes, async ({ blocks, neurons, gated, tilesAtOnce, threads, seed }) => {
+      const ffn = { gated, activation: 'relu', threshold: 0, bias: false } as const;
+      const h = { hidden_size: 32 * blocks, neuron_count: neurons, ffn } as Hyperparameters;
+      const layout = chooseBundleLayout('q4', h.hidden_size, gated ? 3 : 2);
+      const bundles = new Uint8Array(expertBytes(layout, neurons));
+      const random = new Random(seed);
+      const common = { sourceType: 'F32', encoding: 'q4', target: bundles, firstVector: 0, threads: 1 } as const;
+      const matrices: Float32Array[] = [];
+      for (let m = 0; m < layout.matrices; m++) {
+        const source = Float32Array.from({ length: neurons * h.hidden_size }, () => random.normal());
+        const request = {
+          ...common,
+          placement: bundlePlacement(layout, 'q4', h.hidden_size, m),
+          source: new Uint8Array(source.buffer),
+        };
+        const isDown = m === layout.matrices - 1;
+        if (isDown)
+          await encodeColumns({ ...request, rows: h.hidden_size, columns: neurons, firstElement: 0, tiles: true });
+        else await encodeRows({ ...request, rows: neurons, columns: h.hidden_size });
+        const { placement } = request;
+        matrices.push(
+          decodeRows({ source: bundles, rows: neurons, columns: h.hidden_size, encoding: 'q4', placement }),
+        );
+      }
+      const vectors = matrices.at(-1) as Float32Array;
+      const down = new Float32Array(vectors.length);
+      for (let i = 0; i < down.length; i++)
+        down[(i % h.hidden_size) * neurons + Math.floor(i / h.hidden_size)] = vectors[i];
+      const bank: Bank = { gate: gated ? matrices[0] : null, up: matrices[gated ? 1 : 0], down, upBias: null };
+      const { clusters, bytes } = bankLayout(h);
+      const packed = new Uint8Array(bytes);
+      for (const cluster of clusters) {
+        const { range, gate, up, paddedNeurons } = cluster;
+        const place = ({ weights, scales }: NpuMatrix) => ({
+          weights: weights.offset - range.offset,
+          scales: scales.offset - range.offset,
+        });
+        const parts = { ...(gate ? { gate: place(gate) } : {}), up: place(up), down: place(cluster.down) };
+        for (let first = 0; first < paddedNeurons; first += 32 * tilesAtOnce) {
+          const padded = Math.min(32 * tilesAtOnce, paddedNeurons - first);
+          const start = cluster.firstNeuron + first;
+          await packCluster({
+            units: bundles.subarray(Math.floor(start / layout.neurons_per_unit) * layout.unit_bytes),
+            layout: nativeLayout(layout),
+            slot: start % layout.neurons_per_unit,
+            neurons: Math.min(padded, cluster.neurons - first),
+            paddedNeurons: padded,
+            first,
+            target: packed.subarray(range.offset, range.offset + range.bytes),
+            parts: { ...parts, neurons: paddedNeurons, hiddenSize: h.hidden_size },
+            threads,
+          });
+        }
+      }
+      return clusters.every((cluster) => differences(packed, bank, cluster, h) === 0);
+    }),
+    { numRuns: 60 },
+  );
 });

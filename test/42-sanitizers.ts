@@ -1,5 +1,5 @@
-// The thread pool, training and the engine, resident and streamed, under ThreadSanitizer, and under AddressSanitizer with
-// UndefinedBehaviorSanitizer: thread_pool_test.cc, train_test.cc, engine_test.cc and streamed_test.cc of native/, built here.
+// The thread pool, training and the engine, resident, streamed and with a dense unit, under ThreadSanitizer, and under AddressSanitizer with
+// UndefinedBehaviorSanitizer: thread_pool_test.cc, train_test.cc, engine_test.cc, hybrid_test.cc and streamed_test.cc of native/, built here.
 import { execFile, spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
@@ -53,7 +53,7 @@ const ENGINE = [
     'base/thread_pool',
     'quantize/encode',
   ],
-  ...['cache', 'engine', 'storage'].flatMap((folder) =>
+  ...['cache', 'engine', 'npu', 'storage'].flatMap((folder) =>
     readdirSync(join(REPOSITORY, 'native', folder))
       .filter((name) => name.endsWith('.cc') && !name.endsWith('_test.cc'))
       .map((name) => `${folder}/${basename(name, '.cc')}`),
@@ -151,6 +151,10 @@ for (const [name, sanitizer] of Object.entries(SANITIZERS)) {
     }
 
     const streamed = await build(directory, 'streamed_test', sanitizer, [...ENGINE, 'engine/streamed_test']);
+    const hybrid = await build(directory, 'hybrid_test', sanitizer, [...ENGINE, 'engine/hybrid_test']);
+    const units = ['drelu-q4', 'relu-f16', 'experts-q8'].map((model) => `hybrid-${model}: 13 engines\n`).join('');
+    t.equal(await outputOf(t, hybrid, directory), units, 'the dense unit beside the CPU');
+
     const models = ['drelu-q4', 'relu-f16', 'experts-q8', 'silu-q4'];
     const lines = models.map((model) => `${model}: ${WAYS} ways, ${WAYS / 2} faults\n`).join('');
     t.equal(await outputOf(t, streamed, directory, String(WAYS)), lines, 'streamed in many ways, on flash that fails');

@@ -43,9 +43,8 @@ async function open(
 }
 
 function enlarged(memory: EngineMemory): EngineMemory {
-  const { weightBytes, kvBytes, scratchBytes, loadBytes } = memory;
-  const sum = weightBytes + kvBytes + scratchBytes + loadBytes;
-  return { weightBytes: 1e4 * sum, kvBytes: 0, scratchBytes: 0, loadBytes: 0 };
+  const sum = Object.values(memory).reduce((total, bytes) => total + bytes, 0);
+  return { weightBytes: 1e4 * sum, kvBytes: 0, scratchBytes: 0, unitBytes: 0, loadBytes: 0 };
 }
 
 /** An operating point; with thresholds of -Infinity in the file as the lowest number there is, every neuron is computed. */

@@ -341,7 +341,13 @@ t.test('the engine: options, memory and greedy text as its logits say', async (t
 });
 
 t.test('errors of the addon in words', (t) => {
-  const codes = { NATIVE_IO: 'E_IO', NATIVE_MEMORY: 'E_MEMORY', NATIVE_CPU: 'E_CPU', NATIVE_CHECKSUM: 'E_CHECKSUM' };
+  const codes = {
+    NATIVE_IO: 'E_IO',
+    NATIVE_MEMORY: 'E_MEMORY',
+    NATIVE_CPU: 'E_CPU',
+    NATIVE_UNIT: 'E_NPU',
+    NATIVE_CHECKSUM: 'E_CHECKSUM',
+  };
   for (const [code, expected] of Object.entries(codes)) {
     const error = nativeError(Object.assign(new Error('why'), { code }), 'open m.pi2');
     t.match(error, { code: expected, message: /cannot open m\.pi2.*why/ });
@@ -369,6 +375,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     neuronsSeen: 40,
     weightBytes: 1000,
     kvBytes: 2000,
+    unitBytes: 0,
     scratchBytes: 3000,
     majorFaults: 5 * tokens,
     stream: {
@@ -409,6 +416,7 @@ t.test('the report: stable names, units last, nothing made up', async (t) => {
     name: 'pi2',
     ablated: [],
     batchSize: 16,
+    unit: null,
   } as const;
   const timings = { promptTokens: 20, promptMs: 40, generatedTokens: 3, firstTokenMs: 41, latenciesMs: [10, 30] };
   const facts = {

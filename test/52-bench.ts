@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import t from 'tap';
 import { convert } from '../converter/convert.js';
 import { joinCounters, type PromptSource, TestRunner, testName, testPositions } from '../src/bench/runner.js';
+import type { SequenceRun } from '../src/engine/contract.js';
 import type { EngineCounters } from '../src/engine/counters.js';
 import { Engine, type StepOptions } from '../src/engine/engine.js';
 import { seededRandom } from '../src/engine/random.js';
@@ -165,6 +166,25 @@ t.test('budgets: what is streamed is counted, and the budget is kept', async (t)
   t.equal(JSON.parse(both.stdout).length, 1, 'what was measured before is there, and the array is whole');
 });
 
+t.test('-npl: several sequences decoded together', async (t) => {
+  const options = ['-m', model, '-p', '8', '-n', '6', '-npl', '1,3', '-r', '1', '-t', '1'];
+  const rows = jsonLines((await runCli('bench', ...options, '-o', 'jsonl')).stdout);
+  t.strictSame(
+    rows.map(({ n_prompt, n_gen, n_pl }) => [n_prompt, n_gen, n_pl]),
+    [
+      [8, 0, 1],
+      [8, 0, 3],
+      [0, 6, 1],
+      [0, 6, 3],
+    ],
+  );
+  for (const { samples_ns, samples_ts, n_prompt, n_gen, n_pl } of rows) {
+    t.ok(Math.abs((samples_ts[0] * samples_ns[0]) / 1e9 - n_pl * (n_prompt + n_gen)) < 0.01, 'tokens of all sequences');
+  }
+  const table = await runCli('bench', ...options);
+  t.match(table.stdout, /\| +n_pl \| +test \|[\s\S]*\| +3 \| +tg6 \|/);
+});
+
 t.test('prompts from a text', async (t) => {
   const file = join(scratch, 'text');
   writeFileSync(file, 'a text of some length');
@@ -184,6 +204,7 @@ t.test('wrong command lines', async (t) => {
     [['-m', model, '-t', '1,-1'], /Expected a whole number from 0 to/],
     [['-m', model, '-o', 'yaml'], /Expected one of md, csv, json, jsonl/],
     [['-m', model, '-o', 'cvs'], /hint: did you mean csv\?/],
+    [['-m', model, '-npl', '0'], /Expected a whole number from 1 to 64/],
     [['-m', model, '-pg', '16'], /Expected two numbers: 512,128/],
     [['-m', model, '--exact', '2'], /Expected 0, 1 or 0,1/],
     [['-m', model, '--memory', '1G,lots'], /"lots" is no amount of memory/],
@@ -218,13 +239,21 @@ t.test('a run: depth is not timed, tokens are the model’s own and the same eac
     vocabSize: engine.vocabSize,
     batchSize: 4,
     counters: () => engine.counters(),
-    step: (tokens: Int32Array, position: number, logits: Float32Array, options?: StepOptions) => {
-      steps.push({ tokens: [...tokens], position, options });
-      return engine.step(tokens, position, logits, options);
+    sequences: 1,
+    stepRuns: (
+      tokens: Int32Array,
+      runs: readonly SequenceRun[],
+      logits: Float32Array,
+      options?: StepOptions,
+    ): Promise<void> => {
+      steps.push({ tokens: [...tokens], position: runs[0].position, options });
+      return engine.stepRuns(tokens, runs, logits, options);
     },
+    fork: () => t.fail('nothing is forked'),
+    release: () => t.fail('nothing is released'),
   };
   const prompts: PromptSource = (count) => Array.from({ length: count }, (_, i) => i + 5);
-  const test = { promptTokens: 6, generatedTokens: 3, depth: 5 };
+  const test = { promptTokens: 6, generatedTokens: 3, depth: 5, sequences: 1 };
   t.equal(testName(test), 'pp6+tg3 @ d5');
   t.equal(testPositions(test), 14);
   const runOnce = () => new TestRunner(watched, prompts, seededRandom(7)).run(test);

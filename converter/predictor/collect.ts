@@ -19,7 +19,7 @@ export interface CollectRequest {
   input: PredictorInput;
   /** For each bank: the norm of each neuron's down column. */
   norms: readonly Float32Array[];
-  file: SampleFile;
+  file: Pick<SampleFile, 'size' | 'append'>;
   /** Hears of every step and of the tokens so far; may throw to end early. */
   onStep: (tokens: number) => void;
 }

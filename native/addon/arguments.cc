@@ -13,6 +13,7 @@ const char* code_name(StatusCode code) {
     case StatusCode::kMemory: return "NATIVE_MEMORY";
     case StatusCode::kCpu: return "NATIVE_CPU";
     case StatusCode::kBusy: return "NATIVE_BUSY";
+    case StatusCode::kUnit: return "NATIVE_UNIT";
   }
   return "NATIVE_ARGUMENT";
 }

@@ -53,4 +53,17 @@ class Fields {
   Status status_;
 };
 
+/** Calls read(element) for each object of an array. */
+template <class Read>
+void each(Fields& fields, const char* name, const Read& read) {
+  const Napi::Value value = fields.value(name);
+  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
+  const Napi::Array array = value.As<Napi::Array>();
+  for (uint32_t i = 0; i < array.Length(); i++) {
+    Fields element(array.Get(i));
+    read(element);
+    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
+  }
+}
+
 }  // namespace pi2

@@ -1,13 +1,11 @@
 #include "native/addon/engine_object.h"
 
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <mutex>
 
-#include "native/addon/cache_calls.h"
-#include "native/addon/converter_calls.h"
 #include "native/addon/counters.h"
+#include "native/addon/engine_config.h"
 #include "native/addon/task.h"
 #include "native/addon/trace_calls.h"
 #include "native/engine/engine.h"
@@ -28,21 +26,6 @@ struct SharedEngine {
 Status closed() { return Status::argument("the engine is closed"); }
 Status busy() { return {StatusCode::kBusy, "the engine is computing a step; wait for it"}; }
 
-const double kLargest = 9007199254740991.0;
-
-/** Calls read(element) for each object of an array. */
-template <class Read>
-void each(Fields& fields, const char* name, const Read& read) {
-  const Napi::Value value = fields.value(name);
-  if (!value.IsArray()) return fields.fail(std::string(name) + " must be an array");
-  const Napi::Array array = value.As<Napi::Array>();
-  for (uint32_t i = 0; i < array.Length(); i++) {
-    Fields element(array.Get(i));
-    read(element);
-    if (!element.status().is_ok()) return fields.fail(std::string(name) + ": " + element.status().message());
-  }
-}
-
 class EngineObject : public Napi::ObjectWrap<EngineObject> {
  public:
   static Napi::Function define(Napi::Env env) {
@@ -52,6 +35,8 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
          InstanceMethod<&EngineObject::fork>("fork"), InstanceMethod<&EngineObject::release>("release"),
          InstanceMethod<&EngineObject::counters>("counters"),
          InstanceMethod<&EngineObject::measure_bandwidths>("measureBandwidths"),
+         InstanceMethod<&EngineObject::set_unit_schedule>("setUnitSchedule"),
+         InstanceMethod<&EngineObject::measure_unit>("measureUnit"),
          InstanceMethod<&EngineObject::drain_trace>("drainTrace"), InstanceMethod<&EngineObject::close>("close")});
   }
 
@@ -203,16 +188,11 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
     Fields fields(info[0]);
     const size_t flash_read_bytes = fields.size("flashReadBytes");
     if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
-    if (closed_) return Task::refuse(env, closed());
-    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
     auto found = std::make_shared<Bandwidths>();
-    return Task::run(
-        env, {},
-        [shared = shared_, flash_read_bytes, found] {
-          const std::lock_guard<std::mutex> lock(shared->lock);
-          *found = shared->engine->measure_bandwidths(flash_read_bytes);
-          shared->busy.store(false);
-          shared->busy.notify_all();
+    return between_steps(
+        env,
+        [flash_read_bytes, found](Engine& engine) {
+          *found = engine.measure_bandwidths(flash_read_bytes);
           return Status::ok();
         },
         [found](Napi::Env e) {
@@ -222,6 +202,23 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
           object.Set("flash", known(found->flash));
           return object;
         });
+  }
+
+  Napi::Value measure_unit(const Napi::CallbackInfo& info) {
+    auto times = std::make_shared<UnitTimes>();
+    return between_steps(
+        info.Env(), [times](Engine& engine) { return engine.measure_unit(times.get()); },
+        [times](Napi::Env e) { return unit_times_object(e, *times); });
+  }
+
+  Napi::Value set_unit_schedule(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    Fields fields(info[0]);
+    const UnitConfig::Schedule clusters = read_unit_schedule(fields);
+    if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
+    return between_steps(
+        env, [clusters](Engine& engine) { return engine.set_unit_schedule(clusters); },
+        [](Napi::Env e) { return e.Undefined(); });
   }
 
   Napi::Value drain_trace(const Napi::CallbackInfo& info) {
@@ -244,6 +241,23 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
         [](Napi::Env e) { return e.Undefined(); });
   }
 
+  /** A promise of result(), once work(engine) is done off the JavaScript thread; refused while a step runs. */
+  template <class Work, class Result>
+  Napi::Value between_steps(Napi::Env env, Work work, Result result) {
+    if (closed_) return Task::refuse(env, closed());
+    if (shared_->busy.exchange(true)) return Task::refuse(env, busy());
+    return Task::run(
+        env, {},
+        [shared = shared_, work] {
+          const std::lock_guard<std::mutex> lock(shared->lock);
+          Status status = work(*shared->engine);
+          shared->busy.store(false);
+          shared->busy.notify_all();
+          return status;
+        },
+        result);
+  }
+
   /** Whether the engine is closed; then that is thrown. */
   bool refuses(Napi::Env env) const {
     if (closed_) to_error(env, closed()).ThrowAsJavaScriptException();
@@ -255,149 +269,10 @@ class EngineObject : public Napi::ObjectWrap<EngineObject> {
   bool closed_ = false;
 };
 
-/** Extents of two files, or of a predictor's own. */
-void read_extents(Fields& fields, bool of_predictor, std::vector<ExtentConfig>* extents) {
-  each(fields, "extents", [&](Fields& e) {
-    const std::string file = e.text("file");
-    const bool is_known = of_predictor ? file == "predictor" : file == "resident" || file == "neurons";
-    if (!is_known) e.fail(of_predictor ? "file must be predictor" : "file must be resident or neurons");
-    extents->push_back(
-        {e.text("name"), file == "neurons", e.size("offset"), e.size("bytes"), static_cast<uint32_t>(e.size("crc32"))});
-  });
-}
-
-void read_tensors(Fields& fields, std::vector<TensorConfig>* tensors) {
-  each(fields, "tensors", [&](Fields& e) {
-    tensors->push_back(
-        {e.text("name"), e.size("offset"), e.size("bytes"), e.encoding("encoding"), e.size("rows"), e.size("columns")});
-  });
-}
-
-void read_predictor(Fields& request, PredictorConfig* predictor) {
-  Fields fields(request.value("predictor"));
-  predictor->path = fields.text("path");
-  if (predictor->path.empty()) fields.fail("path is empty");
-  read_extents(fields, true, &predictor->extents);
-  read_tensors(fields, &predictor->tensors);
-  const std::string input = fields.text("input");
-  if (input != "residual" && input != "ffn_norm") fields.fail("input must be residual or ffn_norm");
-  predictor->input = input == "residual" ? PredictorInput::kResidual : PredictorInput::kFfnNorm;
-  const auto thresholds = [&](const char* name, std::vector<float>* values) {
-    for (const double value : fields.numbers(name)) {
-      if (std::isnan(value)) fields.fail(std::string(name) + " must be numbers");
-      values->push_back(static_cast<float>(value));
-    }
-  };
-  thresholds("memoryThresholds", &predictor->memory_thresholds);
-  thresholds("flashThresholds", &predictor->flash_thresholds);
-  predictor->flash_from = fields.size_or("flashFrom", SIZE_MAX);
-  if (!fields.status().is_ok()) request.fail("predictor: " + fields.status().message());
-}
-
-void read_stream(Fields& request, StreamConfig* stream) {
-  Fields fields(request.value("stream"));
-  stream->banks = read_bank_plans(fields, fields.numbers("residentGates"));
-  stream->firing_rates = read_firing_rates(fields);
-  stream->staging_bytes = fields.size("stagingBytes");
-  stream->lanes = fields.size("lanes");
-  const std::string mode = fields.text("mode");
-  const std::string backend = fields.text("backend");
-  if (mode != "direct" && mode != "buffered") fields.fail("mode must be direct or buffered");
-  if (backend != "threads" && backend != "uring") fields.fail("backend must be threads or uring");
-  if (stream->lanes == 0 || stream->lanes > 256) fields.fail("lanes must be 1 to 256");
-  if (stream->staging_bytes > size_t{1} << 34) fields.fail("stagingBytes is absurd");
-  const auto flag = [&](const char* name, bool fallback) { return fields.has(name) ? fields.boolean(name) : fallback; };
-  const std::string policy = fields.has("policy") ? fields.text("policy") : "frequency";
-  if (policy != "frequency" && policy != "recency") fields.fail("policy must be frequency or recency");
-  stream->policy = policy == "recency" ? CachePolicy::kRecency : CachePolicy::kFrequency;
-  stream->prefetch_bytes = fields.size_or("prefetchBytes", 0);
-  if (stream->prefetch_bytes > size_t{1} << 30) fields.fail("prefetchBytes is absurd");
-  if (fields.has("twoPhase")) stream->two_phase = fields.boolean("twoPhase");
-  stream->bundles = flag("bundles", true);
-  stream->pipeline = flag("pipeline", true);
-  if (fields.has("checksumOffsets")) {
-    for (const double offset : fields.numbers("checksumOffsets")) {
-      if (!(offset >= 0 && offset <= kLargest)) fields.fail("checksumOffsets must be sizes");
-      stream->checksum_offsets.push_back(static_cast<size_t>(offset));
-    }
-  }
-  if (fields.has("trial")) {
-    Fields trial(fields.value("trial"));
-    stream->trial = {trial.size_or("failRead", 0), trial.size_or("shortRead", 0), trial.size_or("delayUs", 0)};
-    if (!trial.status().is_ok()) fields.fail("trial: " + trial.status().message());
-  }
-  stream->mode = mode == "direct" ? ReadMode::kDirect : ReadMode::kBuffered;
-  stream->backend = backend == "uring" ? ReadBackend::kUring : ReadBackend::kThreads;
-  if (!fields.status().is_ok()) request.fail("stream: " + fields.status().message());
-}
-
-EngineConfig read_config(Fields& fields) {
-  EngineConfig config{};
-  config.resident_path = fields.text("residentPath");
-  config.neurons_path = fields.text("neuronsPath");
-  read_extents(fields, false, &config.extents);
-  read_tensors(fields, &config.tensors);
-  for (const double offset : fields.numbers("expertOffsets")) {
-    if (!(offset >= 0 && offset <= kLargest)) fields.fail("expertOffsets must be sizes");
-    config.expert_offsets.push_back(static_cast<size_t>(offset));
-  }
-  if (fields.has("orderOffsets")) {
-    for (const double offset : fields.numbers("orderOffsets")) {
-      if (!(offset >= 0 && offset <= kLargest)) fields.fail("orderOffsets must be sizes");
-      config.order_offsets.push_back(static_cast<size_t>(offset));
-    }
-  }
-  const Status layout = read_layout(fields.value("layout"), &config.layout);
-  if (!layout.is_ok()) fields.fail(layout.message());
-  config.ffn_encoding = fields.encoding("ffnEncoding");
-  config.hidden_size = fields.size("hiddenSize");
-  config.layer_count = fields.size("layerCount");
-  config.head_count = fields.size("headCount");
-  config.kv_head_count = fields.size("kvHeadCount");
-  config.head_dim = fields.size("headDim");
-  config.neuron_count = fields.size("neuronCount");
-  config.vocab_size = fields.size("vocabSize");
-  const std::string norm = fields.text("normKind");
-  if (norm != "layer" && norm != "rms") fields.fail("normKind must be rms or layer");
-  config.norm_kind = norm == "layer" ? NormKind::kLayer : NormKind::kRms;
-  config.norm_epsilon = static_cast<float>(fields.number("normEpsilon"));
-  config.rope_frequencies = fields.floats("ropeFrequencies");
-  for (const double window : fields.numbers("windows")) {
-    if (!(window >= 0 && window <= 1e9)) fields.fail("windows must be sizes");
-    config.windows.push_back(static_cast<size_t>(window));
-  }
-  config.gated = fields.boolean("gated");
-  const std::string activation = fields.text("activation");
-  if (activation == "silu") {
-    config.activation = ActivationKind::kSilu;
-  } else if (activation == "relu") {
-    config.activation = ActivationKind::kRelu;
-  } else if (activation == "drelu") {
-    config.activation = ActivationKind::kDRelu;
-  } else if (activation == "fatrelu") {
-    config.activation = ActivationKind::kFatRelu;
-  } else {
-    fields.fail("activation must be silu, relu, drelu or fatrelu");
-  }
-  config.threshold = static_cast<float>(fields.number("threshold"));
-  config.expert_count = fields.size("expertCount");
-  config.experts_per_token = fields.size("expertsPerToken");
-  config.context_length = fields.size("contextLength");
-  config.sequences = fields.size_or("sequences", 1);
-  config.threads = fields.size("threads");
-  if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
-  config.batch_size = fields.size("batchSize");
-  if (fields.has("stream")) read_stream(fields, &config.stream);
-  if (fields.has("predictor")) read_predictor(fields, &config.predictor);
-  config.mapped = fields.has("mapped") && fields.boolean("mapped");
-  config.trace_records = fields.size_or("traceRecords", 0);
-  return config;
-}
-
 Napi::Value open_engine_call(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Fields fields(info[0]);
-  EngineConfig config = read_config(fields);
+  EngineConfig config = read_engine_config(fields);
   if (!fields.status().is_ok()) return Task::refuse(env, fields.status());
   auto* constructor = env.GetInstanceData<Napi::FunctionReference>();
   auto shared = std::make_shared<SharedEngine>();
@@ -412,7 +287,7 @@ Napi::Value open_engine_call(const Napi::CallbackInfo& info) {
 Napi::Value memory_needed_call(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Fields fields(info[0]);
-  const EngineConfig config = read_config(fields);
+  const EngineConfig config = read_engine_config(fields);
   EngineMemory memory;
   Status status = fields.status();
   if (status.is_ok()) status = Engine::memory_needed(config, &memory);
@@ -427,6 +302,7 @@ Napi::Value memory_needed_call(const Napi::CallbackInfo& info) {
   set("weightBytes", memory.weight_bytes);
   set("kvBytes", memory.kv_bytes);
   set("scratchBytes", memory.scratch_bytes);
+  set("unitBytes", memory.unit_bytes);
   set("loadBytes", memory.load_bytes);
   return object;
 }

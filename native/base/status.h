@@ -6,7 +6,7 @@
 namespace pi2 {
 
 /** Kinds of failure that cross into TypeScript, as `NATIVE_...` codes (src/engine/contract.ts). */
-enum class StatusCode { kOk, kArgument, kIo, kChecksum, kMemory, kCpu, kBusy };
+enum class StatusCode { kOk, kArgument, kIo, kChecksum, kMemory, kCpu, kBusy, kUnit };
 
 /**
  * The result of an operation that can fail for reasons outside the program: a value, not an exception. The message names the
@@ -23,6 +23,7 @@ class [[nodiscard]] Status {
   static Status checksum(std::string message) { return {StatusCode::kChecksum, std::move(message)}; }
   static Status memory(std::string message) { return {StatusCode::kMemory, std::move(message)}; }
   static Status cpu(std::string message) { return {StatusCode::kCpu, std::move(message)}; }
+  static Status unit(std::string message) { return {StatusCode::kUnit, std::move(message)}; }
 
   bool is_ok() const { return code_ == StatusCode::kOk; }
   StatusCode code() const { return code_; }

@@ -13,15 +13,31 @@ constexpr uint32_t unclaimed_of(uint64_t ticket) { return static_cast<uint32_t>(
 
 }  // namespace
 
-ThreadPool::ThreadPool(size_t threads, Trace* trace) : trace_(trace) {
+ThreadPool::ThreadPool(size_t threads, Trace* trace) : trace_(trace), limit_(static_cast<uint32_t>(threads)) {
   for (size_t i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
 }
 
 ThreadPool::~ThreadPool() {
   stop_.store(true);
+  limit(threads());
   // An empty region wakes everybody up.
   run_chunks(0, nullptr, nullptr);
   for (std::thread& thread : workers_) thread.join();
+}
+
+void ThreadPool::limit(size_t threads) {
+  const auto limit = static_cast<uint32_t>(threads);
+  // A worker that sees a new limit late works on regions that it would have been allowed to work on, or on none: its region
+  // has ended before the limit changed.
+  if (limit_.exchange(limit, std::memory_order_relaxed) < limit) limit_.notify_all();
+}
+
+void ThreadPool::wait_for_turn(size_t thread) {
+  uint32_t limit = limit_.load(std::memory_order_relaxed);
+  while (thread >= limit) {
+    limit_.wait(limit, std::memory_order_relaxed);
+    limit = limit_.load(std::memory_order_relaxed);
+  }
 }
 
 void ThreadPool::run_chunks(size_t chunks, ChunkFunction function, const void* context) {
@@ -65,6 +81,7 @@ void ThreadPool::worker(size_t thread) {
   trace_thread = static_cast<uint16_t>(thread);
   uint32_t seen = 0;
   while (true) {
+    wait_for_turn(thread);
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (int spin = 0; region_of(ticket) == seen && spin < kSpins; spin++) {
       pause_cpu();
@@ -79,7 +96,8 @@ void ThreadPool::worker(size_t thread) {
     }
     seen = region_of(ticket);
     if (stop_.load()) return;
-    work_on(seen, thread);
+    // The ticket was released after the limit of its region was set.
+    if (thread < limit_.load(std::memory_order_relaxed)) work_on(seen, thread);
   }
 }
 

@@ -26,6 +26,11 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   size_t threads() const { return workers_.size() + 1; }
+  /**
+   * Lets the regions from now on run on the first `threads` threads alone, at least 1; the others sleep and leave their
+   * cores to somebody else. Between regions.
+   */
+  void limit(size_t threads);
   Trace* trace() const { return trace_; }
 
   /**
@@ -47,12 +52,15 @@ class ThreadPool {
   /** Claims and runs chunks of region `region` until none are left. */
   void work_on(uint32_t region, size_t thread);
   void worker(size_t thread);
+  /** Sleeps while threads are limited to others. */
+  void wait_for_turn(size_t thread);
 
   Trace* const trace_;
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<uint32_t> finished_{0};
   alignas(64) std::atomic<uint32_t> sleepers_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<uint32_t> limit_;
   // The region's work: written before the ticket is released, read after it is acquired.
   std::atomic<ChunkFunction> function_{nullptr};
   std::atomic<const void*> context_{nullptr};

@@ -1,7 +1,8 @@
 /**
  * Hammers ThreadPool: regions of 0 to 100 chunks one behind the other, with pauses after which workers sleep and wake late,
- * and chunks of uneven length. Every chunk must run once, on one of the pool's threads, before the region ends, and what it
- * wrote must be seen. Prints "N regions, N chunks" or the first failure. Run under the sanitizers by test/42-sanitizers.ts.
+ * chunks of uneven length, and some of them limited to fewer threads. Every chunk must run once, on one of the pool's
+ * threads, before the region ends, and what it wrote must be seen. Prints "N regions, N chunks" or the first failure. Run
+ * under the sanitizers by test/42-sanitizers.ts.
  */
 #include "native/base/thread_pool.h"
 
@@ -38,7 +39,8 @@ class Hammer {
         trace_(rings_.data() + (64 - reinterpret_cast<uintptr_t>(rings_.data()) % 64), threads, kRecords),
         traced_(traced ? &trace_ : nullptr),
         pool_(threads, traced_),
-        random_(static_cast<uint32_t>(threads)) {
+        random_(static_cast<uint32_t>(threads)),
+        limit_(threads) {
     require(pool_.threads() == threads, "another number of threads", 0);
   }
 
@@ -46,6 +48,7 @@ class Hammer {
     for (size_t region = 0; region < regions; region++) {
       const size_t chunks = random_() % 4 == 0 ? random_() % 3 : random_() % (kMostChunks + 1);
       const size_t most_steps = random_() % 8 == 0 ? 4000 : 20;
+      if (random_() % 8 == 0) pool_.limit(limit_ = 1 + random_() % pool_.threads());
       hammer(region, chunks, most_steps);
       if (random_() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random_() % 400));
     }
@@ -63,7 +66,7 @@ class Hammer {
     pool_.run(chunks, [&](size_t chunk, size_t thread) {
       const pi2::TraceSpan inner(traced_, pi2::TraceStage::kRow);
       require(chunk < chunks, "a chunk that is none", region);
-      require(thread < by_thread.size(), "a thread that is none", region);
+      require(thread < limit_, "a thread that may not", region);
       results[chunk] = work(seed + chunk, (seed ^ chunk) % most_steps);
       runs[chunk]++;
       by_thread[thread]++;
@@ -97,6 +100,7 @@ class Hammer {
   pi2::Trace* traced_;
   pi2::ThreadPool pool_;
   std::mt19937 random_;
+  size_t limit_;
   size_t chunks_ = 0;
 };
 

@@ -29,6 +29,7 @@ enum class TraceStage : uint16_t {
   kGate,
   kRow,
   kWait,  // for flash
+  kUnit,  // waiting for the dense unit
   kSum,
   kHead,
   kRead,        // from submission until it is seen to be done; value: bytes

@@ -7,6 +7,7 @@
 #include "native/cache/neuron_cache.h"
 #include "native/engine/bundle_layout.h"
 #include "native/kernels/encoding.h"
+#include "native/npu/unit_config.h"
 #include "native/storage/reader.h"
 
 namespace pi2 {
@@ -114,6 +115,7 @@ struct EngineConfig {
   size_t batch_size;  // most tokens computed together
   StreamConfig stream;
   PredictorConfig predictor;
+  UnitConfig unit;
   /** Files are mapped and every neuron is computed: a baseline, without stream and predictor. */
   bool mapped = false;
   /** Records of each thread's trace; 0: nothing is traced. */

@@ -9,6 +9,7 @@
 #include "native/engine/product.h"
 #include "native/engine/resident_experts.h"
 #include "native/engine/streamed_experts.h"
+#include "native/engine/unit_plan.h"
 #include "native/kernels/dispatch.h"
 #include "native/quantize/encode.h"
 
@@ -35,7 +36,7 @@ Status check(const EngineConfig& c) {
   if (c.mapped && (c.stream.enabled() || c.predictor.enabled())) {
     return Status::argument("a mapped model is computed without stream and predictor");
   }
-  return Status::ok();
+  return check_unit(c);
 }
 
 /** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
@@ -81,6 +82,7 @@ Status Engine::memory_needed(const EngineConfig& config, EngineMemory* memory) {
   memory->kv_bytes = KvCache::bytes_needed(config);
   for (const size_t piece : scratch_pieces(config)) memory->scratch_bytes += piece;
   if (config.predictor.enabled()) memory->weight_bytes += Predictor::bytes_needed(config);
+  memory->unit_bytes = unit_bytes_needed(config);
   memory->load_bytes = config.threads * kLoadersPerThread * kLoadBytes;
   // Mapped pages are the kernel's.
   if (config.mapped) return status;
@@ -151,7 +153,10 @@ Status Engine::allocate() {
   } else {
     experts_ = std::make_unique<ResidentExperts>(config_, *kernels_, *pool_, predictor, order_, pieces[10]);
   }
-  ffn_.bind(config_, *kernels_, *pool_, *experts_, pieces[9], activations(6, hidden), activations(12, hidden));
+  status = open_unit();
+  if (!status.is_ok()) return status;
+  Experts& experts = hybrid_ ? static_cast<Experts&>(*hybrid_) : *experts_;
+  ffn_.bind(config_, *kernels_, *pool_, experts, pieces[9], activations(6, hidden), activations(12, hidden));
   return status;
 }
 
@@ -315,7 +320,13 @@ Status Engine::step(const StepInput& input, float* logits, FiringRecord record) 
   is_prompt_ = input.prompt && !config_.mapped;
   const bool integers = config_.ffn_encoding == Encoding::kQ4 || config_.ffn_encoding == Encoding::kQ8;
   const bool on_tiles = is_prompt_ && kernels_->tiles != nullptr && integers;
-  const size_t most = on_tiles ? config_.batch_size : config_.vector_batch();
+  size_t most = on_tiles ? config_.batch_size : config_.vector_batch();
+  if (hybrid_) {
+    // What is recorded is what the CPU sees fire.
+    const bool is_recorded = record.fired != nullptr || record.routed != nullptr || record.activations != nullptr;
+    hybrid_->use_unit(!is_recorded);
+    if (!is_recorded && hybrid_->schedule()[kSmallBatches] > 0) most = std::min(most, kChunkTokens);
+  }
   for (size_t done = 0; done < count;) {
     const Step step{std::min(most, count - done), places_.data(), input.exact, is_prompt_, record};
     place(input, done, step.tokens);
@@ -352,15 +363,17 @@ Bandwidths Engine::measure_bandwidths(size_t flash_read_bytes) {
 
 EngineCounters Engine::counters() const {
   const FfnCounters& ffn = experts_->counters();
+  const uint64_t unit_bytes_read = hybrid_ ? hybrid_->unit_counters().weight_bytes_read : 0;
   const uint64_t predictor_bytes = predictor() == nullptr ? 0 : predictor_.counters().weight_bytes_read;
   return {tokens_,
-          resident_bytes_read_ + ffn_.router_bytes_read() + ffn.weight_bytes_read + predictor_bytes,
+          resident_bytes_read_ + ffn_.router_bytes_read() + ffn.weight_bytes_read + unit_bytes_read + predictor_bytes,
           attention_.kv_bytes_read(),
           ffn.neurons_fired,
           ffn.neurons_seen,
           weights_.bytes() + predictor_.bytes() + (streamed_ != nullptr ? streamed_->weight_bytes() : 0),
           cache_.bytes(),
-          scratch_.bytes() + (streamed_ != nullptr ? streamed_->scratch_bytes() : 0)};
+          scratch_.bytes() + (streamed_ != nullptr ? streamed_->scratch_bytes() : 0),
+          unit_ != nullptr ? unit_->bytes() : 0};
 }
 
 }  // namespace pi2

@@ -18,10 +18,12 @@
 #include "native/engine/config.h"
 #include "native/engine/experts.h"
 #include "native/engine/ffn.h"
+#include "native/engine/hybrid_experts.h"
 #include "native/engine/kv_cache.h"
 #include "native/engine/predictor.h"
 #include "native/engine/step.h"
 #include "native/engine/sum_order.h"
+#include "native/engine/unit_times.h"
 #include "native/engine/weights.h"
 
 namespace pi2 {
@@ -38,6 +40,7 @@ struct EngineCounters {
   size_t weight_bytes;
   size_t kv_bytes;
   size_t scratch_bytes;
+  size_t unit_bytes;
 };
 
 /** Bytes that an engine takes, each the number that its counters show once it is open. */
@@ -45,6 +48,7 @@ struct EngineMemory {
   size_t weight_bytes = 0;
   size_t kv_bytes = 0;
   size_t scratch_bytes = 0;
+  size_t unit_bytes = 0;
   /** Only while it opens. */
   size_t load_bytes = 0;
 };
@@ -76,6 +80,13 @@ class Engine {
   /** Empties a sequence: what it did not share is free for others. */
   Status release(size_t sequence) { return cache_.release(sequence); }
 
+  /** What the dense unit and the CPU take for the same neurons. Before the first step. */
+  Status measure_unit(UnitTimes* times);
+  /**
+   * Another schedule of the dense unit, within its most clusters: loads what it needs and waits for it. Between steps.
+   */
+  Status set_unit_schedule(const UnitConfig::Schedule& clusters);
+
   /**
    * What memory and flash give at best, measured on what is open: the engine's own weights, read by its own threads, and
    * reads of `flash_read_bytes` bytes (0: flash is left alone). Between steps; changes nothing.
@@ -97,10 +108,13 @@ class Engine {
   Trace* trace() { return trace_ ? &*trace_ : nullptr; }
   /** The experts, if they are streamed, else null. */
   const StreamedExperts* streamed() const { return streamed_; }
+  /** Experts and the dense unit, if there is one, else null. */
+  const HybridExperts* hybrid() const { return hybrid_ ? &*hybrid_ : nullptr; }
 
  private:
   explicit Engine(EngineConfig config) : config_(std::move(config)) {}
   Status allocate();
+  Status open_unit();
   Status check_input(const StepInput& input, const FiringRecord& record, size_t* tokens) const;
   /** Fills places_ from token `first` of the input on, and gives them room in the KV cache. */
   void place(const StepInput& input, size_t first, size_t count);
@@ -133,6 +147,9 @@ class Engine {
   Attention attention_;
   std::unique_ptr<Experts> experts_;
   StreamedExperts* streamed_ = nullptr;  // experts_, if they are streamed
+  std::vector<HotRows> hot_rows_;        // (bank): only with a dense unit
+  std::unique_ptr<DenseUnit> unit_;      // null: there is none
+  std::optional<HybridExperts> hybrid_;  // experts_ and the unit
   Predictor predictor_;
   SumOrder order_;
   Ffn ffn_;

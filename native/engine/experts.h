@@ -43,7 +43,13 @@ struct ExpertJob {
   float* out;           // (token, padded hidden), zeroed; natural order when done
   size_t out_stride;
   FiredBits fired;
+  /**
+   * Neurons before this one are somebody else's (hybrid_experts.h): none of their rows is read, from memory or flash. A
+   * multiple of kNeuronChunk, less than all neurons.
+   */
+  size_t first_neuron = 0;
 
+  size_t first_chunk() const { return first_neuron / kNeuronChunk; }
   /** Whether this is a single token for kernels of single tokens; the matrix unit's products are those of a batch. */
   bool is_single() const { return tokens == 1 && !x.is_packed(); }
   float share(size_t t) const { return shares != nullptr ? shares[t] : 1.0f; }

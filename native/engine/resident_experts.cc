@@ -10,6 +10,13 @@
 
 namespace pi2 {
 
+namespace {
+
+/** Of a neuron that adds nothing. */
+constexpr float kNoFactor = 0.0f;
+
+}  // namespace
+
 size_t ResidentExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   Carver carver(scratch);
   const size_t batch = config.batch_size;
@@ -43,7 +50,8 @@ size_t ResidentExperts::chunks() const { return chunk_total(config_->neuron_coun
 size_t ResidentExperts::part_size() const { return part_room(config_->neuron_count); }
 
 Status ResidentExperts::run(const ExpertJob& job) {
-  counters_.neurons_seen += config_->neuron_count * job.tokens;
+  const size_t neurons = config_->neuron_count - job.first_neuron;
+  counters_.neurons_seen += neurons * job.tokens;
   order_.begin(job.layer_index * config_->expert_count + job.expert_index);
   if (job.predictor_x != nullptr) predictor_->begin(job);
   if (job.is_single()) {
@@ -55,24 +63,28 @@ Status ResidentExperts::run(const ExpertJob& job) {
   }
   if (job.predictor_x != nullptr) {
     size_t chosen = 0;
-    for (size_t chunk = 0; chunk < chunks(); chunk++) chosen += chosen_[chunk];
-    predictor_->count(config_->neuron_count * job.tokens, chosen, 0);
+    for (size_t chunk = job.first_chunk(); chunk < chunks(); chunk++) chosen += chosen_[chunk];
+    predictor_->count(neurons * job.tokens, chosen, 0);
   }
   return Status::ok();
 }
 
-/** Calls work(chunk, thread, scores) for every chunk; the scores of token t begin at scores + t * kGroup, null if exact. */
+/** Calls work(chunk, thread, scores) for every chunk of the job; the scores of token t begin at scores + t * kGroup, null if
+ * exact. */
 template <class Work>
 void ResidentExperts::for_chunks(const ExpertJob& job, const Work& work) {
   const TraceSpan span(pool_->trace(), TraceStage::kFind);
   if (job.predictor_x == nullptr) {
-    pool_->run(chunks(), [&](size_t chunk, size_t thread) { work(chunk, thread, nullptr); });
+    pool_->run(chunks() - job.first_chunk(),
+               [&](size_t chunk, size_t thread) { work(job.first_chunk() + chunk, thread, nullptr); });
     return;
   }
-  pool_->run(group_count(config_->neuron_count), [&](size_t group, size_t thread) {
+  const size_t first_group = job.first_neuron / kGroup;
+  pool_->run(group_count(config_->neuron_count) - first_group, [&](size_t task, size_t thread) {
+    const size_t group = first_group + task;
     const float* scores = predictor_->score(job, group, 1, thread);
     const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
-    for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++) {
+    for (size_t chunk = std::max(group * kChunksPerGroup, job.first_chunk()); chunk < end; chunk++) {
       work(chunk, thread, scores + chunk % kChunksPerGroup * kNeuronChunk);
     }
   });
@@ -87,6 +99,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   const size_t batch = config_->batch_size;
   const Matrix& first_matrix = expert.gate.exists() ? expert.gate : expert.up;
   const bool on_tiles = takes_tiles(expert.down.encoding, x);
+  if (on_tiles) leave_out(job);
   for_chunks(job, [&](size_t chunk, size_t thread, const float* scores) {
     const size_t first = chunk * kNeuronChunk;
     const size_t count = std::min(kNeuronChunk, neurons - first);
@@ -132,12 +145,11 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     }
   });
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
-  for (size_t chunk = 0; chunk < chunks(); chunk++) counters_.neurons_fired += fired_[chunk];
-  counters_.weight_bytes_read += config_->layout.matrices * expert.down.bytes();
+  for (size_t chunk = job.first_chunk(); chunk < chunks(); chunk++) counters_.neurons_fired += fired_[chunk];
+  counters_.weight_bytes_read += config_->layout.matrices * (neurons - job.first_neuron) * expert.down.row_bytes();
   if (on_tiles) {
-    constexpr float kNothing = 0.0f;
     for (size_t i = neurons; i % kFactorChunk != 0; i++) {
-      kernels_->tiles->put_factors(&kNothing, 0, tokens, i, tile_factors_);
+      kernels_->tiles->put_factors(&kNoFactor, 0, tokens, i, tile_factors_);
     }
     const TileColumns columns{column_of_, weight_bytes(expert.down.encoding, config_->hidden_size), neurons};
     pool_->run(group_count(config_->hidden_size), [&](size_t group, size_t) {
@@ -147,7 +159,7 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
     return;
   }
   // Which neurons each part adds: those that fired for any token.
-  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+  for (size_t chunk = job.first_chunk(); chunk < chunks(); chunk++) {
     if (fired_[chunk] == 0) continue;
     const size_t end = std::min((chunk + 1) * kNeuronChunk, neurons);
     for (size_t i = chunk * kNeuronChunk; i < end; i++) {
@@ -185,15 +197,29 @@ void ResidentExperts::run_batch(const ExpertJob& job) {
   });
 }
 
+/** For the matrix unit: neurons before the job's first have no column and the factor 0. */
+void ResidentExperts::leave_out(const ExpertJob& job) {
+  pool_->run(job.first_chunk(), [&](size_t chunk, size_t) {
+    for (size_t i = chunk * kNeuronChunk; i < (chunk + 1) * kNeuronChunk; i++) {
+      const size_t number = order_.number(i);
+      kernels_->tiles->put_factors(&kNoFactor, 0, job.tokens, number, tile_factors_);
+      column_of_[number] = nullptr;
+    }
+  });
+}
+
 /** One token: writes the neurons that the predictor chooses into neurons_, in ascending order, and returns how many. */
 size_t ResidentExperts::choose(const ExpertJob& job) {
   constexpr size_t kBlockChunks = Predictor::kMostGroups * kChunksPerGroup;
+  const size_t first_group = job.first_neuron / kGroup;
   const size_t groups = group_count(config_->neuron_count);
-  pool_->run((groups + Predictor::kMostGroups - 1) / Predictor::kMostGroups, [&](size_t block, size_t thread) {
-    const size_t group = block * Predictor::kMostGroups;
+  pool_->run((groups - first_group + Predictor::kMostGroups - 1) / Predictor::kMostGroups, [&](size_t block, size_t thread) {
+    const size_t group = first_group + block * Predictor::kMostGroups;
     const float* scores = predictor_->score(job, group, std::min(Predictor::kMostGroups, groups - group), thread);
-    const size_t end = std::min((block + 1) * kBlockChunks, chunks());
-    for (size_t chunk = block * kBlockChunks; chunk < end; chunk++, scores += kNeuronChunk) {
+    const size_t begin = group * kChunksPerGroup;
+    const size_t end = std::min(begin + kBlockChunks, chunks());
+    for (size_t chunk = begin; chunk < end; chunk++, scores += kNeuronChunk) {
+      if (chunk < job.first_chunk()) continue;
       const size_t first = chunk * kNeuronChunk;
       const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
       uint32_t* list = neurons_ + first;
@@ -206,7 +232,7 @@ size_t ResidentExperts::choose(const ExpertJob& job) {
     }
   });
   size_t total = 0;
-  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+  for (size_t chunk = job.first_chunk(); chunk < chunks(); chunk++) {
     std::memmove(neurons_ + total, neurons_ + chunk * kNeuronChunk, chosen_[chunk] * sizeof(uint32_t));
     total += chosen_[chunk];
   }
@@ -283,13 +309,14 @@ void ResidentExperts::run_one(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   // Chosen neurons are cut into long lists, whatever chunk they are of: a list begins without prefetched rows.
   const uint32_t* chosen = job.predictor_x == nullptr ? nullptr : neurons_;
-  const size_t count = chosen == nullptr ? config_->neuron_count : choose(job);
+  const size_t count = chosen == nullptr ? config_->neuron_count - job.first_neuron : choose(job);
   const size_t lists = chunk_total(count);
   pool_->run(lists, [&](size_t chunk, size_t) {
     const size_t first = list_start(chunk, count, chosen != nullptr);
-    const uint32_t* list = chosen == nullptr ? nullptr : chosen + first;
-    fired_[chunk] =
-        static_cast<uint32_t>(find_fired(job, first, list_start(chunk + 1, count, chosen != nullptr) - first, list));
+    const size_t listed = list_start(chunk + 1, count, chosen != nullptr) - first;
+    const size_t fired = chosen == nullptr ? find_fired(job, job.first_neuron + first, listed, nullptr)
+                                           : find_fired(job, 0, listed, chosen + first);
+    fired_[chunk] = static_cast<uint32_t>(fired);
   });
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
   pool_->run(kParts, [&](size_t part, size_t) { add_part(expert, part); });

@@ -34,6 +34,7 @@ class ResidentExperts : public Experts {
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
   void run_batch(const ExpertJob& job);
+  void leave_out(const ExpertJob& job);
   void run_one(const ExpertJob& job);
   void run_few(const ExpertJob& job);
   bool is_few(const ExpertJob& job) const;

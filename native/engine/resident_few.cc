@@ -32,11 +32,14 @@ bool ResidentExperts::is_few(const ExpertJob& job) const {
  */
 size_t ResidentExperts::choose_for_any(const ExpertJob& job) {
   const size_t groups = group_count(config_->neuron_count);
+  const size_t first_group = job.first_neuron / kGroup;
   std::memset(fired_, 0, chunks() * sizeof(uint32_t));
-  pool_->run(groups, [&](size_t group, size_t thread) {
+  pool_->run(groups - first_group, [&](size_t task, size_t thread) {
+    const size_t group = first_group + task;
     const float* scores = predictor_->score(job, group, 1, thread);
     const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
     for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++, scores += kNeuronChunk) {
+      if (chunk < job.first_chunk()) continue;
       const size_t first = chunk * kNeuronChunk;
       const size_t count = std::min(kNeuronChunk, config_->neuron_count - first);
       uint8_t wanted[kNeuronChunk] = {};
@@ -60,7 +63,7 @@ size_t ResidentExperts::choose_for_any(const ExpertJob& job) {
     }
   });
   size_t total = 0;
-  for (size_t chunk = 0; chunk < chunks(); chunk++) {
+  for (size_t chunk = job.first_chunk(); chunk < chunks(); chunk++) {
     std::memmove(neurons_ + total, neurons_ + chunk * kNeuronChunk, fired_[chunk] * sizeof(uint32_t));
     std::memmove(masks_ + total, masks_ + chunk * kNeuronChunk, fired_[chunk]);
     total += fired_[chunk];
@@ -172,9 +175,9 @@ void ResidentExperts::add_part_for_any(const ExpertJob& job, size_t part) {
 void ResidentExperts::run_few(const ExpertJob& job) {
   const ExpertWeights& expert = job.layer.experts[job.expert_index];
   const bool predicted = job.predictor_x != nullptr;
-  const size_t count = predicted ? choose_for_any(job) : config_->neuron_count;
+  const size_t count = predicted ? choose_for_any(job) : config_->neuron_count - job.first_neuron;
   if (!predicted) {
-    for (size_t j = 0; j < count; j++) neurons_[j] = static_cast<uint32_t>(j);
+    for (size_t j = 0; j < count; j++) neurons_[j] = static_cast<uint32_t>(job.first_neuron + j);
   }
   const size_t lists = chunk_total(count);
   {

@@ -215,7 +215,7 @@ bool StreamedExperts::are_two_phases_faster() {
 
 Status StreamedExperts::run(const ExpertJob& job) {
   const size_t bank = job.layer_index * config_->expert_count + job.expert_index;
-  counters_.neurons_seen += config_->neuron_count * job.tokens;
+  counters_.neurons_seen += (config_->neuron_count - job.first_neuron) * job.tokens;
   const bool could_ask = std::exchange(could_ask_, false);
   const uint64_t stall_before = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns;
   if (ahead_bank_ != bank) end_ahead();
@@ -235,9 +235,11 @@ Status StreamedExperts::run(const ExpertJob& job) {
     return plan_round(bank, first_chunk, &rounds[i]);
   };
   // What was begun while the bank before was computed is of the first round, in whose half it lies.
+  const size_t first_chunk = job.first_chunk();
+  if (!is_ahead_guess_ && first_chunk > 0) end_ahead();
   size_t current = ahead_half_;
-  const bool reads_next = job.predictor_x == nullptr && knows_next_bank(bank);
-  bool more = plan(current, 0);
+  const bool reads_next = job.predictor_x == nullptr && first_chunk == 0 && knows_next_bank(bank);
+  bool more = plan(current, first_chunk);
   while (true) {
     const Round& round = rounds[current];
     const bool last = !more;
@@ -259,6 +261,17 @@ Status StreamedExperts::run(const ExpertJob& job) {
   const uint64_t stall = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns - stall_before;
   if (could_ask) judge_asking(static_cast<double>(stall) * 1e-9);
   return failure.take();
+}
+
+HotRows StreamedExperts::hot_rows(size_t bank) const {
+  if (cache_.plan(bank).hot_neurons == 0) return {};
+  // Rows of hot neurons lie one neuron behind another, as slots do: (gate,) up (if there is a gate), down.
+  const auto slots_from = [&](const uint8_t* row) { return Rows{row, row + weight_bytes_, slot_bytes(*config_)}; };
+  const uint8_t* slot = cache_.rows(bank, 0);
+  const uint8_t* gate = cache_.part1(bank, 0);
+  const uint8_t* up = slot + (keeps_gates(*config_) ? row_bytes_ : 0);
+  return {gate == nullptr ? slots_from(slot) : Rows{gate, gate + weight_bytes_, config_->layout.part1_bytes}, slots_from(up),
+          slots_from(up + (config_->gated ? row_bytes_ : 0)), nullptr};
 }
 
 /** No neuron fires yet. */
@@ -308,7 +321,9 @@ void StreamedExperts::collect_counters(const ExpertJob& job) {
     skipped_on_flash += counters.skipped_on_flash;
     stream_counters_.add(counters.stream);
   }
-  if (job.predictor_x != nullptr) predictor_->count(config_->neuron_count * job.tokens, chosen, skipped_on_flash);
+  if (job.predictor_x != nullptr) {
+    predictor_->count((config_->neuron_count - job.first_neuron) * job.tokens, chosen, skipped_on_flash);
+  }
   trace_counters();
 }
 

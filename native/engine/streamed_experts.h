@@ -35,6 +35,7 @@
 #include "native/engine/predictor.h"
 #include "native/engine/stream_sizes.h"
 #include "native/engine/sum_order.h"
+#include "native/npu/host_unit.h"
 #include "native/storage/reader.h"
 
 namespace pi2 {
@@ -76,6 +77,9 @@ class StreamedExperts : public Experts {
    * are before attention. Changes what is waited for, never a result.
    */
   void prefetch(const ExpertJob& job);
+
+  /** Where the rows of a bank's hot neurons are; without their bias. */
+  HotRows hot_rows(size_t bank) const;
 
   /**
    * Bytes a second that flash delivers at random places, in reads of `read_bytes` bytes (rounded to pages), many at once; 0

@@ -13,20 +13,22 @@ void StreamedExperts::find(const ExpertJob& job, size_t bank) {
     predictor_->begin(job);
     // Several tokens are scored a group at a time.
     const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
+    const size_t first_group = job.first_neuron / kGroup;
     const size_t groups = group_count(config_->neuron_count);
-    pool_->run((groups + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
-      const size_t group = block * most_groups;
+    pool_->run((groups - first_group + most_groups - 1) / most_groups, [&](size_t block, size_t thread) {
+      const size_t group = first_group + block * most_groups;
       const size_t last = std::min(group + most_groups, groups);
       const float* scores = predictor_->score(job, group, last - group, thread);
       const size_t first = group * kChunksPerGroup;
-      for (size_t chunk = first; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
+      for (size_t chunk = std::max(first, job.first_chunk()); chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
         kinds_[chunk] = ChunkKind::kPredicted;
         find_chosen(job, bank, chunk, scores + (chunk - first) * kNeuronChunk, thread);
       }
     });
     return;
   }
-  pool_->run(chunks(), [&](size_t chunk, size_t thread) {
+  pool_->run(chunks() - job.first_chunk(), [&](size_t task, size_t thread) {
+    const size_t chunk = job.first_chunk() + task;
     const bool has_gates = chunk * kNeuronChunk < cache_.plan(bank).resident_gates;
     kinds_[chunk] = has_gates ? ChunkKind::kGates : ChunkKind::kWhole;
     if (has_gates) {

@@ -15,8 +15,6 @@ struct ApiBase {
   const char* (*get_version)();
 };
 
-const char* const kHint = "npm install onnxruntime-node brings it; or name the file with --npu-library";
-
 /** Whether the table's function at `slot` is there; then `*function` is set to it. */
 template <class Function>
 bool take(const void* const* table, OnnxruntimeSlot slot, Function** function) {
@@ -68,12 +66,12 @@ Status OnnxruntimeApi::open(const std::string& library, std::unique_ptr<Onnxrunt
   void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     const char* const why = dlerror();
-    return Status::io("cannot load ONNX Runtime: " + std::string(why == nullptr ? library.c_str() : why) + "; " + kHint);
+    return Status::unit("cannot load ONNX Runtime: " + std::string(why == nullptr ? library.c_str() : why));
   }
   const auto get_base = reinterpret_cast<const ApiBase* (*)()>(dlsym(handle, "OrtGetApiBase"));
   const ApiBase* const base = get_base == nullptr ? nullptr : get_base();
   if (base == nullptr || base->get_api == nullptr || base->get_version == nullptr) {
-    return Status::argument(library + " is no ONNX Runtime: it has no OrtGetApiBase; " + kHint);
+    return Status::unit(library + " is no ONNX Runtime: it has no OrtGetApiBase");
   }
   std::unique_ptr<OnnxruntimeApi> api(new OnnxruntimeApi());
   const char* const version = base->get_version();
@@ -81,12 +79,12 @@ Status OnnxruntimeApi::open(const std::string& library, std::unique_ptr<Onnxrunt
   unsigned major = 0;
   unsigned minor = 0;
   if (std::sscanf(api->version_.c_str(), "%u.%u", &major, &minor) != 2 || major != 1 || minor < kOnnxruntimeApiVersion) {
-    return Status::argument(library + " is ONNX Runtime " + api->version_ + "; 1." + std::to_string(kOnnxruntimeApiVersion) +
-                            " or newer, below 2, is needed; " + kHint);
+    return Status::unit(library + " is ONNX Runtime " + api->version_ + "; 1." + std::to_string(kOnnxruntimeApiVersion) +
+                        " or newer, below 2, is needed");
   }
   const void* const* const table = base->get_api(kOnnxruntimeApiVersion);
   if (table == nullptr || !take_all(table, &api->functions_)) {
-    return Status::argument(library + " was built without functions that are needed; " + kHint);
+    return Status::unit(library + " was built without functions that are needed");
   }
   const Status status =
       api->check(api->functions_.create_env(static_cast<int>(OnnxruntimeValue::kLogFatal), "powerinfer2", &api->env_),
@@ -101,7 +99,7 @@ OnnxruntimeApi::~OnnxruntimeApi() {
 
 Status OnnxruntimeApi::check(OrtStatus* status, const std::string& doing) const {
   if (status == nullptr) return Status::ok();
-  const Status failed = Status::io(doing + ": " + functions_.get_error_message(status));
+  const Status failed = Status::unit(doing + ": " + functions_.get_error_message(status));
   functions_.release_status(status);
   return failed;
 }

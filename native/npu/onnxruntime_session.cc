@@ -130,9 +130,9 @@ Status OnnxruntimeSession::check_side(bool is_input, const char* name, GraphShap
   const OrtSession* session = session_.get();
   const auto check = [&](OrtStatus* status) { return shared_->api->check(status, "cannot look into " + path_); };
   const auto refuse = [&](const std::string& found) {
-    return Status::argument(path_ + ": its " + (is_input ? "input" : "output") + " is " + found + "; expected " + name +
-                            ", floats (" + std::to_string(shape.tokens) + ", " + std::to_string(shared_->config.hidden) +
-                            "); convert the model again");
+    return Status::unit(path_ + ": its " + (is_input ? "input" : "output") + " is " + found + "; expected " + name +
+                        ", floats (" + std::to_string(shape.tokens) + ", " + std::to_string(shared_->config.hidden) +
+                        "); convert the model again");
   };
   size_t count = 0;
   Status status = check((is_input ? call.session_get_input_count : call.session_get_output_count)(session, &count));

@@ -29,6 +29,8 @@ constexpr size_t kLibraryBytes = size_t{32} << 20;
 constexpr size_t kSessionBytes = size_t{512} << 10;
 /** Packed weights over those in the file: a block of 32 has 16 bytes of weights, 4 of scale, and 4 of sum are added. */
 constexpr double kPackedShare = 1.2;
+/** The same of a provider that gets its weights in the graph: scales are copied, and the heap is left with gaps. */
+constexpr double kCopiedShare = 1.5;
 
 /** About 50 us of pauses, as those of ThreadPool: between two layers there is attention. */
 constexpr int kSpins = 2000;
@@ -49,10 +51,11 @@ struct LoadedShape {
   bool is_cancelled = false;
 };
 
-size_t graph_bytes(const OnnxruntimeGraph& graph) {
+size_t session_bytes(const OnnxruntimeConfig& config, const OnnxruntimeGraph& graph) {
   uint64_t bytes = 0;
   for (const OnnxruntimeTensor& tensor : graph.tensors) bytes += tensor.bytes;
-  return static_cast<size_t>(static_cast<double>(bytes) * kPackedShare) + kSessionBytes;
+  const double share = config.provider.name.empty() ? kPackedShare : kCopiedShare;
+  return static_cast<size_t>(static_cast<double>(bytes) * share) + kSessionBytes;
 }
 
 size_t most_tokens(const OnnxruntimeConfig& config) {
@@ -379,8 +382,8 @@ Status find_devices(OnnxruntimeShared* shared) {
     if (provider.name == call.get_device_provider(devices[i])) shared->devices.push_back(devices[i]);
   }
   if (!shared->devices.empty()) return status;
-  return Status::io("the provider " + provider.name + " finds no device here" +
-                    (provider.library.empty() ? std::string() : "; it was loaded from " + provider.library));
+  return Status::unit("the provider " + provider.name + " finds no device here" +
+                      (provider.library.empty() ? std::string() : "; it was loaded from " + provider.library));
 }
 
 }  // namespace
@@ -409,7 +412,7 @@ size_t onnxruntime_memory_needed(const OnnxruntimeConfig& config, const std::vec
   size_t bytes = kLibraryBytes + 2 * most_tokens(config) * config.hidden * sizeof(float) + config.bank_bytes;
   for (const GraphShape shape : shapes) {
     const OnnxruntimeGraph* const graph = find_graph(config, shape);
-    if (graph != nullptr) bytes += config.bank_offsets.size() * graph_bytes(*graph);
+    if (graph != nullptr) bytes += config.bank_offsets.size() * session_bytes(config, *graph);
   }
   return bytes;
 }

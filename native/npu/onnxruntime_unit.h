@@ -17,7 +17,8 @@ Status open_onnxruntime_unit(const OnnxruntimeConfig& config, std::unique_ptr<De
 
 /**
  * An upper bound of the bytes that a unit holds with the graphs of `shapes` loaded, library and window included: what a plan
- * counts. The CPU provider keeps weights packed, with sums of blocks beside them.
+ * counts. The CPU provider keeps weights packed, with sums of blocks beside them; of another one this is what the process
+ * holds, not what an NPU has of its own.
  */
 size_t onnxruntime_memory_needed(const OnnxruntimeConfig& config, const std::vector<GraphShape>& shapes);
 

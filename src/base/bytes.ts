@@ -24,5 +24,7 @@ export function parseBytes(text: string): number {
 export function formatBytes(bytes: number): string {
   if (bytes < 1024) return `${bytes} B`;
   const exponent = Math.min(SUFFIXES.length - 1, Math.floor(Math.log2(bytes) / 10));
-  return `${(bytes / 1024 ** exponent).toPrecision(bytes / 1024 ** exponent >= 1000 ? 4 : 3)} ${SUFFIXES[exponent]}iB`;
+  const number = bytes / 1024 ** exponent;
+  // What three digits round up to a thousand would be written with an exponent.
+  return `${number.toPrecision(number >= 999.5 ? 4 : 3)} ${SUFFIXES[exponent]}iB`;
 }

@@ -53,7 +53,7 @@ export async function measureCase(
     ? textPrompts(await text(model), test)
     : randomPrompts(vocab_size, bos_token_id, seededRandom(seed + 1));
   const hasOwnPeak = resetPeakMemory();
-  const engine = await open(model, { ...options, context: testPositions(test) });
+  const engine = await open(model, { ...options, context: testPositions(test), sequences: test.sequences });
   try {
     // What the warm-up traces is dropped.
     let isTimed = false;

@@ -63,9 +63,19 @@ const OPTION_COLUMNS = {
   memory: { title: 'memory', width: 8, cell: (row: BenchRow) => row.memory ?? '-' },
   exact: { title: 'exact', width: 5, cell: (row: BenchRow) => (row.predicted ? '0' : '1') },
   engine: { title: 'engine', width: 8, cell: (row: BenchRow) => row.engine },
+  npu: { title: 'npu', width: 26, cell: (row: BenchRow) => row.npu },
+  hotRatio: { title: 'hot', width: 5, cell: (row: BenchRow) => fixed(hotRatio(row), 2) },
   cpu: { title: 'kernels', width: 7, cell: (row: BenchRow) => row.kernel_set },
+  npl: { title: 'n_pl', width: 4, cell: (row: BenchRow) => String(row.n_pl) },
 } as const satisfies Record<string, Column>;
 export type OptionColumn = keyof typeof OPTION_COLUMNS;
+
+/** The ratio of what the test is about: of the tokens decoded together, or of a chunk of a prompt. */
+function hotRatio({ npu_hot_ratios: ratios, n_gen, n_pl }: BenchRow): number | null {
+  if (ratios === null) return null;
+  const batches = ratios.length - 1;
+  return (n_gen === 0 ? ratios[batches] : n_pl > batches ? null : ratios[n_pl - 1]) ?? null;
+}
 
 class MarkdownPrinter implements BenchPrinter {
   readonly #columns: readonly Column[];

@@ -8,10 +8,11 @@ import { readBuild } from '../report/build.js';
 import { type RooflineReport, rooflineReport } from '../report/roofline.js';
 import { deviation, mean, summarize } from '../report/statistics.js';
 import { type StreamReport, streamReport } from '../report/stream-report.js';
+import { type UnitReport, unitReport } from '../report/unit-report.js';
 import { type BenchTest, joinCounters, type Sample } from './runner.js';
 
 /** A result as JSON has it: llama-bench's fields, with its names and units, then those of `run --json`. */
-export interface BenchRow extends StreamReport, RooflineReport {
+export interface BenchRow extends StreamReport, RooflineReport, UnitReport {
   build_commit: string;
   build_version: string;
   cpu_info: string;
@@ -28,6 +29,8 @@ export interface BenchRow extends StreamReport, RooflineReport {
   n_prompt: number;
   n_gen: number;
   n_depth: number;
+  /** Sequences decoded together; all tokens of all of them are counted. As llama-batched-bench calls it. */
+  n_pl: number;
   /** When the test began, UTC. */
   test_time: string;
   avg_ns: number;
@@ -57,7 +60,7 @@ export interface BenchRow extends StreamReport, RooflineReport {
   major_faults_per_token: number;
   weight_bytes_per_token: number;
   neurons_fired_share: number | null;
-  /** Of generated tokens; null for a prompt. */
+  /** Of generated tokens, each that of its step; null for a prompt. */
   token_latency_ms_mean: number | null;
   token_latency_ms_p50: number | null;
   token_latency_ms_p90: number | null;
@@ -87,7 +90,9 @@ export function benchRow({ model, engine, test, samples, startedAt, memory, hasO
   const seen = after.neuronsSeen - before.neuronsSeen;
   const ms = samples.reduce((sum, sample) => sum + sample.ms, 0);
   const nanoseconds = samples.map((sample) => Math.round(1e6 * sample.ms));
-  const speeds = samples.map((sample) => (1000 * (test.promptTokens + test.generatedTokens)) / sample.ms);
+  const speeds = samples.map(
+    (sample) => (1000 * test.sequences * (test.promptTokens + test.generatedTokens)) / sample.ms,
+  );
   const latency = summarize(samples.flatMap((sample) => sample.latenciesMs));
   const { version, commit } = readBuild();
   const streamed = streamReport(before, after, ms, engine.threads);
@@ -106,6 +111,7 @@ export function benchRow({ model, engine, test, samples, startedAt, memory, hasO
     n_prompt: test.promptTokens,
     n_gen: test.generatedTokens,
     n_depth: test.depth,
+    n_pl: test.sequences,
     test_time: startedAt.toISOString().replace(/\.\d+/, ''),
     avg_ns: Math.round(mean(nanoseconds)),
     stddev_ns: Math.round(deviation(nanoseconds)),
@@ -134,6 +140,7 @@ export function benchRow({ model, engine, test, samples, startedAt, memory, hasO
     token_latency_ms_p90: latency.p90,
     token_latency_ms_p99: latency.p99,
     ...streamed,
+    ...unitReport(before, after, engine),
     ...rooflineReport(before, after, ms, roof),
   };
 }

@@ -1,18 +1,23 @@
+import type { SequenceRun } from '../engine/contract.js';
 import type { EngineCounters } from '../engine/counters.js';
-import type { StepEngine } from '../engine/engine.js';
+import type { BatchEngine } from '../engine/engine.js';
 import type { Random } from '../engine/random.js';
 import { SAMPLING_DEFAULTS, sampleToken } from '../engine/sampler.js';
 import type { SpanListener } from '../engine/timed-span.js';
 
-/** What is timed: a prompt, generation, or one after the other, behind `depth` positions that are not timed. */
+/**
+ * What is timed: a prompt, generation, or one after the other, behind `depth` positions that are not timed. All of it for each of
+ * `sequences`: prompts one after another, tokens together.
+ */
 export interface BenchTest {
   promptTokens: number;
   generatedTokens: number;
   depth: number;
+  sequences: number;
 }
 
 /** The name llama-bench gives a test: `pp512`, `tg128`, `pp512+tg128`, `tg128 @ d512`. */
-export function testName({ promptTokens, generatedTokens, depth }: BenchTest): string {
+export function testName({ promptTokens, generatedTokens, depth }: Omit<BenchTest, 'sequences'>): string {
   const parts = [
     ...(promptTokens > 0 ? [`pp${promptTokens}`] : []),
     ...(generatedTokens > 0 ? [`tg${generatedTokens}`] : []),
@@ -20,15 +25,15 @@ export function testName({ promptTokens, generatedTokens, depth }: BenchTest): s
   return `${parts.join('+')}${depth > 0 ? ` @ d${depth}` : ''}`;
 }
 
-/** Positions that a test fills. */
-export function testPositions({ promptTokens, generatedTokens, depth }: BenchTest): number {
-  return depth + promptTokens + generatedTokens;
+/** Positions that a test fills, of all sequences. */
+export function testPositions({ promptTokens, generatedTokens, depth, sequences }: BenchTest): number {
+  return sequences * (depth + promptTokens + generatedTokens);
 }
 
 /** One timed run, with the engine's counters around what was timed. */
 export interface Sample {
   ms: number;
-  /** Of each generated token. */
+  /** Of each step that generates, a token of each sequence. */
   latenciesMs: number[];
   before: EngineCounters;
   after: EngineCounters;
@@ -45,12 +50,12 @@ export function randomPrompts(vocabSize: number, bosTokenId: number | null, rand
     );
 }
 
-type BenchEngine = StepEngine & { counters(): EngineCounters };
+type BenchEngine = BatchEngine & { counters(): EngineCounters };
 
 /**
  * Runs tests on an open engine, each from position 0. What a model skips depends on its tokens, so generation does not feed
  * random ones: each token is drawn from the model's own logits with the default sampling of `run`, behind the prompt or, without
- * one, behind one token of `prompts`. Choosing is not timed. Prompts are computed exactly, as `run` does.
+ * one, behind one token of `prompts`. Choosing is not timed. Prompts are computed exactly, as `run` does; each sequence has its own.
  */
 export class TestRunner {
   readonly #engine: BenchEngine;
@@ -65,22 +70,31 @@ export class TestRunner {
     this.#engine = engine;
     this.#prompts = prompts;
     this.#random = random;
-    this.#logits = new Float32Array(engine.vocabSize);
+    this.#logits = new Float32Array(engine.sequences * engine.vocabSize);
   }
 
   /** One run. Null when `signal` was aborted meanwhile. */
-  async run({ promptTokens, generatedTokens, depth }: BenchTest, signal?: AbortSignal): Promise<Sample | null> {
+  async run(
+    { promptTokens, generatedTokens, depth, sequences }: BenchTest,
+    signal?: AbortSignal,
+  ): Promise<Sample | null> {
     const start = depth + promptTokens;
-    const tokens = this.#prompts(Math.max(1, start));
-    await this.#prefill(tokens.slice(0, depth), 0, signal);
+    const all = Array.from({ length: sequences }, () => this.#prompts(Math.max(1, start)));
+    const prefill = async (begin: number, end: number) => {
+      let ms = 0;
+      for (const [i, tokens] of all.entries()) ms += await this.#prefill(tokens.slice(begin, end), i, begin, signal);
+      return ms;
+    };
+    await prefill(0, depth);
     const before = this.#engine.counters();
-    let ms = await this.#prefill(tokens.slice(depth, start), depth, signal);
+    let ms = await prefill(depth, start);
     const latenciesMs: number[] = [];
     for (let position = start; position < start + generatedTokens && !signal?.aborted; position++) {
       const beginMs = performance.now();
-      const token = position === 0 ? tokens[0] : this.#choose();
+      const tokens = Int32Array.from(all, ([first], sequence) => (position === 0 ? first : this.#choose(sequence)));
       const chosenMs = performance.now();
-      const latency = await this.#step(Int32Array.of(token), position, false);
+      const runs = all.map((_, sequence) => ({ sequence, position, count: 1 }));
+      const latency = await this.#step(tokens, runs, this.#logits, false);
       latenciesMs.push(latency);
       ms += latency;
       this.#onSpans?.([
@@ -91,27 +105,34 @@ export class TestRunner {
     return signal?.aborted ? null : { ms, latenciesMs, before, after: this.#engine.counters() };
   }
 
-  async #prefill(tokens: readonly number[], position: number, signal?: AbortSignal): Promise<number> {
+  async #prefill(tokens: readonly number[], sequence: number, begin: number, signal?: AbortSignal): Promise<number> {
     const { batchSize } = this.#engine;
     let ms = 0;
     for (let done = 0; done < tokens.length && !signal?.aborted; done += batchSize) {
       const beginMs = performance.now();
-      const batchMs = await this.#step(Int32Array.from(tokens.slice(done, done + batchSize)), position + done, true);
+      const batch = Int32Array.from(tokens.slice(done, done + batchSize));
+      const run = { sequence, position: begin + done, count: batch.length };
+      const batchMs = await this.#step(batch, [run], this.#logitsOf(sequence), true);
       ms += batchMs;
       this.#onSpans?.([{ name: 'prompt', beginMs, endMs: beginMs + batchMs }]);
     }
     return ms;
   }
 
-  async #step(tokens: Int32Array, position: number, prompt: boolean): Promise<number> {
+  async #step(tokens: Int32Array, runs: SequenceRun[], logits: Float32Array, prompt: boolean): Promise<number> {
     const start = performance.now();
     // As `run` computes prompts.
-    await this.#engine.step(tokens, position, this.#logits, { exact: prompt, prompt });
+    await this.#engine.stepRuns(tokens, runs, logits, { exact: prompt, prompt });
     return performance.now() - start;
   }
 
-  #choose(): number {
-    return sampleToken(this.#logits, SAMPLING_DEFAULTS, [], this.#random);
+  #choose(sequence: number): number {
+    return sampleToken(this.#logitsOf(sequence), SAMPLING_DEFAULTS, [], this.#random);
+  }
+
+  #logitsOf(sequence: number): Float32Array {
+    const { vocabSize } = this.#engine;
+    return this.#logits.subarray(sequence * vocabSize, (sequence + 1) * vocabSize);
   }
 }
 

@@ -6,6 +6,7 @@ import type { BenchTest } from '../bench/runner.js';
 import { ABLATIONS, type Ablation } from '../engine/ablation.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
 import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
+import { NPU_CHOICES, type NpuChoice } from '../engine/unit-request.js';
 import { LIMITS } from '../format/hyperparameters.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { readTextFile } from '../text/text-file.js';
@@ -17,6 +18,7 @@ import {
   parseInteger,
   parseMemory,
   parseName,
+  parseNumber,
   SEED_MAX,
   THREADS_MAX,
 } from './options.js';
@@ -29,6 +31,7 @@ interface BenchFlags {
   gen?: number[];
   pg?: PromptAndGen[];
   depth?: number[];
+  npl?: number[];
   repetitions: number;
   threads?: number[];
   memory?: string[];
@@ -37,6 +40,8 @@ interface BenchFlags {
   engine?: EngineName[];
   loadMode?: LoadMode[];
   ablate?: Ablation[];
+  npu?: NpuChoice[];
+  hotRatio?: number[];
   file?: string;
   seed: number;
   warmup: boolean;
@@ -50,6 +55,7 @@ interface PromptAndGen {
 }
 
 const REPETITIONS_MAX = 1000;
+const PARALLEL_MAX = 64;
 const DEFAULTS = { prompt: [512], gen: [128] };
 
 /** `bench`: speed of models, as llama-bench measures it. */
@@ -67,6 +73,7 @@ export function benchCommand(): Command {
       new Option('--pg <pp,tg>', '* a prompt and generation behind it as one test; also -pg').argParser(parsePair),
     )
     .addOption(list('-d, --depth <n>', 'positions filled before, not timed (default: 0)', counts))
+    .addOption(list('--npl <n>', 'sequences decoded together; also -npl (default: 1)', parseInteger(1, PARALLEL_MAX)))
     .addOption(
       new Option('-r, --repetitions <n>', 'times that each test is run')
         .argParser(parseInteger(1, REPETITIONS_MAX))
@@ -84,6 +91,12 @@ export function benchCommand(): Command {
     .addOption(list('--load-mode <mode>', `where neurons are: ${LOAD_MODES.join(', ')}`, parseName(LOAD_MODES)))
     .addOption(
       new Option('--ablate <steps>', `take steps of streaming away: ${ABLATIONS.join(',')}`).argParser(parseAblations),
+    )
+    .addOption(
+      list('--npu <unit>', `beside the CPU: ${NPU_CHOICES.join(', ')} (default: auto)`, parseName(NPU_CHOICES)),
+    )
+    .addOption(
+      list('--hot-ratio <share>', 'share of the neurons that --npu computes (default: the fastest)', parseNumber(0, 1)),
     )
     .option('-f, --file <file>', 'prompts are the beginning of this UTF-8 text, not random tokens')
     .addOption(
@@ -103,11 +116,13 @@ each on an engine of its own.
 
 pp512 computes a prompt of 512 tokens, in batches; tg128 generates 128 tokens, each drawn from what the model says
 (llama-bench feeds random ones, but which neurons fire depends on the text), from an empty context; choosing them is
-not timed. t/s is mean ± standard deviation of -r runs. Columns behind it: docs/PERFORMANCE.md.
+not timed. t/s is mean ± standard deviation of -r runs; with -npl 4 it is of four sequences that are decoded together,
+as llama-batched-bench has them, each with a prompt of its own. Columns behind it: docs/PERFORMANCE.md.
 
 Examples:
   powerinfer2 bench -m bamboo.pi2
   powerinfer2 bench -m bamboo.pi2 -p 0 -n 64 --memory 2G,3G,4G --exact 0,1
+  powerinfer2 bench -m bamboo.pi2 -p 0 -n 64 -npl 1,2,4
   powerinfer2 bench -m bamboo.pi2 -p 128,512 -n 0 -t 1,2 -r 3 -o jsonl`,
     );
   return command.action(bench);
@@ -148,13 +163,19 @@ async function bench(flags: BenchFlags): Promise<void> {
 }
 
 /** Prompts first, then generation, then both, at each depth. */
-function listTests({ prompt = DEFAULTS.prompt, gen = DEFAULTS.gen, pg = [], depth = [0] }: BenchFlags): BenchTest[] {
+function listTests({
+  prompt = DEFAULTS.prompt,
+  gen = DEFAULTS.gen,
+  pg = [],
+  depth = [0],
+  npl = [1],
+}: BenchFlags): BenchTest[] {
   const tests = depth.flatMap((of) =>
     [
       ...prompt.map((promptTokens) => ({ promptTokens, generatedTokens: 0 })),
       ...gen.map((generatedTokens) => ({ promptTokens: 0, generatedTokens })),
       ...pg,
-    ].map((test) => ({ ...test, depth: of })),
+    ].flatMap((test) => npl.map((sequences) => ({ ...test, depth: of, sequences }))),
   );
   const wanted = tests.filter(({ promptTokens, generatedTokens }) => promptTokens + generatedTokens > 0);
   if (wanted.length === 0) throw new Pi2Error('E_USAGE', 'there is nothing to measure', 'give -p, -n or --pg');
@@ -164,8 +185,8 @@ function listTests({ prompt = DEFAULTS.prompt, gen = DEFAULTS.gen, pg = [], dept
 /** The product of all lists; the first of them changes slowest. */
 function listCases(models: readonly ModelDirectory[], tests: readonly BenchTest[], flags: BenchFlags): BenchCase[] {
   const { threads = [0], memory = [null], exact = [false], engine = ['pi2'], loadMode = ['auto'], cpu } = flags;
-  return product(models, engine, loadMode, memory, exact, cpu ?? [undefined], threads, tests).map(
-    ([model, engine, loadMode, memory, exact, kernelSet, threads, test]) => ({
+  return product(models, engine, loadMode, memory, exact, cpu ?? [undefined], threads, listUnits(flags), tests).map(
+    ([model, engine, loadMode, memory, exact, kernelSet, threads, unit, test]) => ({
       model,
       test,
       memory,
@@ -174,12 +195,24 @@ function listCases(models: readonly ModelDirectory[], tests: readonly BenchTest[
         loadMode,
         exact,
         threads,
+        ...unit,
         ...(kernelSet === undefined ? {} : { kernelSet }),
         ...(memory === null ? {} : { memory: parseMemory(memory) }),
         ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
       },
     }),
   );
+}
+
+/** Units, each with every ratio; those that have none come once. */
+function listUnits({ npu = ['auto'], hotRatio }: BenchFlags): Pick<EngineOptions, 'npu' | 'hotRatio'>[] {
+  const hasRatio = (unit: NpuChoice) => unit !== 'auto' && unit !== 'none';
+  // Without a unit that ratios could be of, they are refused when the model is opened.
+  const isMixed = npu.some(hasRatio);
+  return npu.flatMap((unit) => {
+    if (hotRatio === undefined || (isMixed && !hasRatio(unit))) return [{ npu: unit }];
+    return hotRatio.map((ratio) => ({ npu: unit, hotRatio: ratio }));
+  });
 }
 
 function product<Lists extends readonly (readonly unknown[])[]>(
@@ -192,8 +225,8 @@ function product<Lists extends readonly (readonly unknown[])[]>(
   return rows as { -readonly [I in keyof Lists]: Lists[I][number] }[];
 }
 
-function givenColumns({ memory, exact, engine, cpu }: BenchFlags): OptionColumn[] {
-  const given = { engine, memory, exact, cpu };
+function givenColumns({ memory, exact, engine, cpu, npu, hotRatio, npl }: BenchFlags): OptionColumn[] {
+  const given = { engine, memory, exact, cpu, npu, hotRatio: hotRatio ?? npu, npl };
   return (Object.keys(given) as (keyof typeof given)[]).filter((name) => given[name] !== undefined);
 }
 

@@ -88,6 +88,9 @@ A predictor guesses which neurons contribute, so that the gates of the others ar
 that of the checkpoint if there is one, else trains one, for ReLU models with a --calibration text; thresholds are
 judged on the end of the text, which is not trained on. If it saves nothing within --quality, there is none.
 
+--npu adds npu/: a graph for each number of tokens and of clusters (a few KiB), and int4 weights as ONNX
+Runtime and Snapdragon NPUs take them. Both sides have the same numbers, so 32 neurons share scales of Down.
+
 Examples:
   powerinfer2 convert ./TurboSparse-Mistral-Instruct
   powerinfer2 convert ./Bamboo-base-v0_1 -o bamboo.pi2 --calibration calibration.txt --max-ram 6G

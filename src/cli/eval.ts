@@ -11,6 +11,7 @@ import {
   addEngineOptions,
   addExactOption,
   addModelOption,
+  addUnitOptions,
   type EngineFlags,
   engineOptions,
   parseTokens,
@@ -30,7 +31,7 @@ export function evalCommand(): Command {
     .requiredOption('--tokens <ids>', 'the tokens: 1,2,3', parseTokens)
     .requiredOption('--logits <file>', 'where to write: float32, little-endian, positions x vocabulary');
   addExactOption(addEngineOptions(command));
-  addEngineChoice(command);
+  addUnitOptions(addEngineChoice(command));
   command.addHelpText(
     'after',
     `

@@ -160,7 +160,7 @@ function describeBanks({ hyperparameters }: Manifest): string {
 
 function graphRow({ file, tokens, clusters, bytes, facts, problems }: CheckedGraph): [string, string] {
   if (facts === null) return [file, `no unit would take it: ${problems.join('; ')}`];
-  const shape = `${String(tokens).padStart(3)} x ${clusters} clusters, ${String(facts.nodes).padStart(3)} nodes`;
+  const shape = `tokens ${String(tokens).padStart(3)}, clusters ${clusters}, nodes ${String(facts.nodes).padStart(2)}`;
   return [file, `${shape}, ${formatBytes(bytes).padStart(8)}, weights ${formatBytes(facts.weightBytes)}`];
 }
 

@@ -50,9 +50,15 @@ export async function main(argv: readonly string[]): Promise<number> {
 
 function ignore(): void {}
 
-/** `bench -pg 512,128` as llama-bench has it: short options of this program have one letter. */
+/** Options of llama.cpp's programs with one dash and several letters: short options of this program have one letter. */
+const LLAMA_SPELLING: Record<string, Record<string, string>> = {
+  bench: { '-pg': '--pg', '-npl': '--npl' },
+  run: { '-np': '--n-parallel' },
+};
+
+/** `bench -pg 512,128` as llama-bench has it. */
 function llamaSpelling(argv: readonly string[]): string[] {
-  return argv.map((word) => (word === '-pg' && argv[2] === 'bench' ? '--pg' : word));
+  return argv.map((word) => LLAMA_SPELLING[argv[2]]?.[word] ?? word);
 }
 
 function buildProgram(): Command {

@@ -7,6 +7,7 @@ import { log } from './output.js';
 export async function openEngine(model: ModelDirectory, options: EngineOptions): Promise<Engine> {
   const engine = await Engine.open(model, options);
   if (engine.notice !== null) log(engine.notice);
+  if (engine.unit !== null && engine.unit.notice !== null) log(engine.unit.notice);
   const { predictor } = model.manifest;
   if (engine.operatingPoint !== null && predictor !== undefined) {
     const { kept_share, perplexity } = engine.operatingPoint;

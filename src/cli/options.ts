@@ -4,6 +4,7 @@ import { ABLATIONS, type Ablation } from '../engine/ablation.js';
 import { KERNEL_SETS, type KernelSet } from '../engine/contract.js';
 import { ENGINES, type EngineName, type EngineOptions, LOAD_MODES, type LoadMode } from '../engine/engine.js';
 import { SAMPLING_DEFAULTS, type SamplingOptions } from '../engine/sampler.js';
+import { NPU_CHOICES, type NpuChoice } from '../engine/unit-request.js';
 import { LIMITS } from '../format/hyperparameters.js';
 import { type MemoryLimit, parseMemoryLimit } from '../plan/memory-limit.js';
 
@@ -19,6 +20,10 @@ export interface EngineFlags {
   verifyReads?: boolean;
   exact?: boolean;
   ablate?: Ablation[];
+  npu?: NpuChoice;
+  hotRatio?: number;
+  npuLibrary?: string;
+  npuProfile?: string;
 }
 
 /** Options of every command that chooses tokens. */
@@ -74,6 +79,20 @@ export function addTraceOption(command: Command): Command {
   return command.option('--trace <file>', 'write where the time of each token goes: JSON for ui.perfetto.dev');
 }
 
+/** Adds `--npu` and `--hot-ratio`, for commands that compute. */
+export function addUnitOptions(command: Command): Command {
+  const npu = new Option('--npu <unit>', `what computes hot neurons beside the CPU: ${NPU_CHOICES.join(', ')}`);
+  const ratio = new Option(
+    '--hot-ratio <share>',
+    'share of the neurons that --npu computes, 0 to 1; default: the fastest',
+  );
+  command.addOption(npu.argParser(parseName(NPU_CHOICES)).default('auto'));
+  command.addOption(ratio.argParser(parseNumber(0, 1)));
+  return command
+    .option('--npu-library <file>', 'ONNX Runtime: libonnxruntime.so.1; default: that of the package onnxruntime-node')
+    .option('--npu-profile <name>', 'the device of onnxruntime:qnn: a profile by name, or a file');
+}
+
 /** Adds `--engine` and `--ablate`, for commands that compare ways to compute. */
 export function addEngineChoice(command: Command): Command {
   const choice = new Option('--engine <name>', `${ENGINES.join(', ')}; those after the first are baselines`);
@@ -115,6 +134,10 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     verifyReads: flags.verifyReads === true,
     exact: flags.exact === true,
     ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
+    ...(flags.npu === undefined ? {} : { npu: flags.npu }),
+    ...(flags.hotRatio === undefined ? {} : { hotRatio: flags.hotRatio }),
+    ...(flags.npuLibrary === undefined ? {} : { npuLibrary: flags.npuLibrary }),
+    ...(flags.npuProfile === undefined ? {} : { npuProfile: flags.npuProfile }),
   };
 }
 

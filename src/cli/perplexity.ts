@@ -12,6 +12,7 @@ import {
   addEngineOptions,
   addExactOption,
   addModelOption,
+  addUnitOptions,
   type EngineFlags,
   engineOptions,
 } from './options.js';
@@ -34,7 +35,7 @@ export function perplexityCommand(): Command {
   addModelOption(command).requiredOption('-f, --file <file>', 'a UTF-8 text file');
   addEngineOptions(command, `tokens in a window; 0 is ${CONTEXT_DEFAULT} or the model’s own if that is shorter`);
   addExactOption(command);
-  addEngineChoice(command);
+  addUnitOptions(addEngineChoice(command));
   command.option('--json', 'the result as one JSON object on stdout').addHelpText(
     'after',
     `

@@ -7,10 +7,11 @@ import { Generation, requirePrompt } from '../engine/generate.js';
 import { modelPageCacheBytes } from '../engine/page-cache.js';
 import { seededRandom } from '../engine/random.js';
 import { RecallMeter, requirePredicting } from '../engine/recall.js';
+import type { TimedSpan } from '../engine/timed-span.js';
 import { type ModelDirectory, openModelDirectory } from '../format/model-directory.js';
 import { formatMs } from '../report/format.js';
 import { measureRoof } from '../report/roofline.js';
-import { formatRunReport, runReport } from '../report/run-report.js';
+import { formatRunReport, type RunFacts, runReport } from '../report/run-report.js';
 import { describeKept } from '../report/stream-report.js';
 import { readTextFile } from '../text/text-file.js';
 import { TokenStream } from '../text/token-stream.js';
@@ -23,6 +24,7 @@ import {
   addModelOption,
   addSamplingOptions,
   addTraceOption,
+  addUnitOptions,
   type EngineFlags,
   engineOptions,
   parseInteger,
@@ -31,6 +33,7 @@ import {
   samplingOptions,
 } from './options.js';
 import { ExitWith, log, withInterrupt, writeJson, writeOut } from './output.js';
+import { runBatch, shareOfContext } from './run-batch.js';
 import { traceOptions, withTrace } from './with-trace.js';
 
 interface RunFlags extends EngineFlags, SamplingFlags {
@@ -41,12 +44,16 @@ interface RunFlags extends EngineFlags, SamplingFlags {
   predict: number;
   ignoreEos?: boolean;
   measureRecall?: boolean;
+  nParallel?: number;
+  bestOf?: number;
   trace?: string;
   json?: boolean;
   report: boolean;
 }
 
 const PREDICT_MAX = 1 << 30;
+/** Most continuations decoded together. */
+const PARALLEL_MAX = 64;
 
 /** `run`: continues a prompt. */
 export function runCommand(): Command {
@@ -57,9 +64,19 @@ export function runCommand(): Command {
     .option('--tokens <ids>', 'the prompt as token ids: 1,2,3', parseTokens)
     .option('-n, --predict <n>', 'most tokens to generate; -1 is until the end', parseInteger(-1, PREDICT_MAX), -1);
   addExactOption(addEngineOptions(command));
-  addTraceOption(addEngineChoice(command));
+  addTraceOption(addUnitOptions(addEngineChoice(command)));
   addSamplingOptions(command)
     .option('--ignore-eos', 'do not stop at the end token')
+    .option(
+      '--n-parallel <n>',
+      'generate n continuations together and print all, the k-th with seed + k; also -np',
+      parseInteger(1, PARALLEL_MAX),
+    )
+    .option(
+      '--best-of <n>',
+      'the same, but print the one that the model finds likeliest, by mean log-probability',
+      parseInteger(1, PARALLEL_MAX),
+    )
     .option('--measure-recall', 'compute each token exactly too, and report what the predictor misses (slow)')
     .option('--json', 'one JSON object a line on stdout: tokens, then the report')
     .option('--no-report', 'leave the report out');
@@ -68,12 +85,15 @@ export function runCommand(): Command {
     `
 stdout is the prompt and its continuation (with --tokens the continuation alone), stderr the log
 and the report. With --json stdout is {"type":"token","id":263,"text":" a"} for each token,
-then {"type":"report",…}.
+then {"type":"report",…}. Several continuations share the prompt's part of the context (-c) and
+each gets an equal share of what is left; with --n-parallel each is below a line of its own, and
+tokens of --json have "continuation". docs/BATCHES.md.
 
 Examples:
   powerinfer2 run -m bamboo.pi2 -p "Once upon a time" -n 128
   powerinfer2 run -m bamboo.pi2 -f prompt.txt --temp 0 -n 64
-  powerinfer2 run -m bamboo.pi2 --tokens 1,420,439 -n 16 --seed 7 --json`,
+  powerinfer2 run -m bamboo.pi2 --tokens 1,420,439 -n 16 --seed 7 --json
+  powerinfer2 run -m bamboo.pi2 -p "Once upon a time" -n 64 --best-of 4 --seed 7`,
   );
   return command.action(run);
 }
@@ -81,28 +101,41 @@ Examples:
 async function run(flags: RunFlags): Promise<void> {
   const options = engineOptions(flags);
   if (flags.measureRecall) requirePredicting(options);
+  const count = requireBatch(flags);
   const text = await promptText(flags);
   const model = await openModelDirectory(flags.model);
   const tokenizer = await openTokenizer(model, text === null);
   const prompt = text === null ? (flags.tokens as number[]) : (tokenizer as TextTokenizer).encode(text);
   const { vocab_size, eos_token_ids } = model.manifest.hyperparameters;
-  requirePrompt(prompt, { contextLength: chooseContext(model, flags.ctxSize), vocabSize: vocab_size });
+  const contextLength = chooseContext(model, flags.ctxSize);
+  requirePrompt(prompt, { contextLength, vocabSize: vocab_size });
+  if (count !== null) shareOfContext(contextLength, prompt.length, count);
   await withInterrupt(async (signal) => {
     await withTrace(flags.trace, async (trace) => {
-      const engine = await openEngine(model, { ...options, ...traceOptions(trace) });
+      const engine = await openEngine(model, { ...options, ...traceOptions(trace), sequences: count ?? 1 });
       try {
         trace?.beginEngine(model.manifest.name, engine);
         logOpened(model, engine, flags.ctxSize);
         const seed = flags.seed < 0 ? randomInt(0xffffffff) : flags.seed;
+        const sampling = samplingOptions(flags);
+        const endTokens = flags.ignoreEos ? [] : eos_token_ids;
+        const onSpans = trace === null ? {} : { onSpans: (spans: readonly TimedSpan[]) => trace.add(spans, engine) };
+        if (count !== null) {
+          const { predict: maxTokens, bestOf } = flags;
+          const how = { count, best: bestOf !== undefined, maxTokens, sampling, seed, endTokens, signal, ...onSpans };
+          const outcome = await runBatch(engine, { prompt, text, tokenizer, json: flags.json === true, ...how });
+          if (flags.report) await report(flags, model, engine, { ...outcome, seed });
+          return;
+        }
         const meter = flags.measureRecall ? new RecallMeter(engine, model.manifest.hyperparameters) : null;
         const generation = new Generation(meter ?? engine, {
           prompt,
           maxTokens: flags.predict,
-          sampling: samplingOptions(flags),
+          sampling,
           random: seededRandom(seed),
-          endTokens: flags.ignoreEos ? [] : eos_token_ids,
+          endTokens,
           signal,
-          ...(trace === null ? {} : { onSpans: (spans) => trace.add(spans, engine) }),
+          ...onSpans,
         });
         await stream(flags, model, engine, generation, { text, tokenizer, seed, meter });
       } finally {
@@ -146,13 +179,36 @@ async function stream(
   if (generation.timings.generatedTokens === 0) countersAfterPrompt = engine.counters();
   if (!flags.report) return;
   const { timings, stopReason } = generation;
+  const recall = meter ? { recall: meter.recall() } : {};
+  await report(flags, model, engine, { timings, stopReason, seed, countersAfterPrompt, ...recall });
+}
+
+/** Says what a run took: on stdout with `--json`, else on stderr. */
+async function report(
+  { json }: RunFlags,
+  model: ModelDirectory,
+  engine: Engine,
+  outcome: Pick<RunFacts, 'timings' | 'stopReason' | 'seed' | 'countersAfterPrompt' | 'recall' | 'batch'>,
+): Promise<void> {
   const counters = engine.counters();
-  const roof = await measureRoof(engine, countersAfterPrompt, counters);
+  const roof = await measureRoof(engine, outcome.countersAfterPrompt, counters);
   const pageCacheBytes = await modelPageCacheBytes(model);
-  const facts = { manifest: model.manifest, engine, timings, stopReason, seed, countersAfterPrompt, counters };
-  const report = runReport({ ...facts, pageCacheBytes, roof, ...(meter ? { recall: meter.recall() } : {}) });
-  if (flags.json) await writeJson(report);
-  else log(`\n${formatRunReport(report).trimEnd()}`);
+  const made = runReport({ ...outcome, manifest: model.manifest, engine, counters, pageCacheBytes, roof });
+  if (json) await writeJson(made);
+  else log(`\n${formatRunReport(made).trimEnd()}`);
+}
+
+/** How many continuations are decoded together; null for the one of an ordinary run. */
+function requireBatch({ nParallel, bestOf, measureRecall, predict }: RunFlags): number | null {
+  const count = bestOf ?? (nParallel === 1 ? undefined : nParallel);
+  const refuse = (what: string, hint: string) => new Pi2Error('E_USAGE', what, hint);
+  if (nParallel !== undefined && bestOf !== undefined) {
+    throw refuse('--n-parallel and --best-of exclude each other', '--best-of prints one of them, --n-parallel all');
+  }
+  if (count === undefined) return null;
+  if (measureRecall) throw refuse('--measure-recall follows one continuation', 'leave out one of the options');
+  if (predict === 0) throw refuse('-n 0 generates nothing to choose from', 'give -n 1 or more');
+  return count;
 }
 
 /** stdout is the text and a newline. */

@@ -6,6 +6,8 @@
  * buffer passed in stays untouched by JavaScript until the promise settles.
  */
 import type { EngineCounters } from './counters.js';
+import type { ReplayCounters, ReplayRequest } from './replay-contract.js';
+import type { NativeUnitCalls, UnitRequest } from './unit-contract.js';
 
 export type NativeErrorCode =
   | 'NATIVE_ARGUMENT'
@@ -13,6 +15,7 @@ export type NativeErrorCode =
   | 'NATIVE_CHECKSUM'
   | 'NATIVE_MEMORY'
   | 'NATIVE_CPU'
+  | 'NATIVE_UNIT'
   | 'NATIVE_BUSY';
 
 /** Instruction sets that kernels are compiled for, weakest first. */
@@ -221,6 +224,7 @@ export interface EngineMemory {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  unitBytes: number;
   loadBytes: number;
 }
 
@@ -281,6 +285,8 @@ export interface EngineRequest {
   stream?: StreamRequest;
   /** Absent: every gate is computed. */
   predictor?: PredictorRequest;
+  /** Absent: the CPU computes every neuron. Steps that record what fires are the CPU's alone in any case. */
+  unit?: UnitRequest;
   /**
    * Both files are mapped and every neuron is computed: what is in memory is the page cache's choice. Without `stream` and
    * `predictor`. A page that cannot be read fails every step from then on with `NATIVE_IO`. Absent: no.
@@ -336,31 +342,6 @@ export interface StepRequest {
   activations?: Float32Array;
 }
 
-/**
- * Which neurons tokens needed, as steps record it: `fired` and `routed` of `StepRequest`, token behind token. To replay it: of
- * each bank how many neurons are hot and how many cold slots it has, and `firingRates` as of `StreamRequest`.
- */
-export interface ReplayRequest {
-  tokens: number;
-  layerCount: number;
-  expertCount: number;
-  neuronCount: number;
-  fired: Uint8Array;
-  routed: Uint8Array;
-  hotNeurons: number[];
-  coldSlots: number[];
-  firingRates?: Float32Array;
-  /** Tokens before this one fill the cache and are not counted. */
-  countFrom: number;
-}
-
-/** Needed neurons by where the cache had them. */
-export interface ReplayCounters {
-  hotHits: number;
-  coldHits: number;
-  misses: number;
-}
-
 /** Records of 32 bytes, thread by thread, and how many were lost: the oldest. */
 export interface NativeTrace {
   records: ArrayBuffer;
@@ -374,7 +355,7 @@ export interface Bandwidths {
 }
 
 /** An open model. One step at a time: a second call before the first settles is refused with `NATIVE_BUSY`. */
-export interface NativeEngine {
+export interface NativeEngine extends NativeUnitCalls {
   readonly kernelSet: KernelSet;
   step(request: StepRequest): Promise<void>;
   /**

@@ -10,10 +10,30 @@ export interface EngineCounters {
   weightBytes: number;
   kvBytes: number;
   scratchBytes: number;
+  /** Of the dense unit. */
+  unitBytes: number;
   /** Page faults of the whole process, since it began, that waited for a disk. */
   majorFaults: number;
   stream?: StreamCounters;
   predictor?: PredictorCounters;
+  unit?: UnitCounters;
+}
+
+/** What the dense unit did since open; absent without one. A job is an expert of a layer and the tokens routed to it. */
+export interface UnitCounters {
+  /** Jobs that it took a part of; of them, those that another graph had to be made active for. */
+  jobs: number;
+  activations: number;
+  /** Neurons it computed, over jobs and their tokens, padding left out; and bytes of their weights. */
+  neurons: number;
+  weightBytesRead: number;
+  /** Time of these jobs; in them, the CPU's part, and waiting for the unit after it; the unit's own, 0 if it does not tell. */
+  jobNs: number;
+  cpuNs: number;
+  waitNs: number;
+  busyNs: number;
+  /** E.g. `host`. */
+  name: string;
 }
 
 /** What streaming cost since open; absent when all neurons are resident. */

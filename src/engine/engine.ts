@@ -17,6 +17,7 @@ import type {
 import type { EngineCounters } from './counters.js';
 import { modelRequest } from './engine-request.js';
 import { type PlannedRequest, planRequest } from './plan-request.js';
+import { type NpuChoice, settleUnit, type UnitUse } from './unit-request.js';
 
 export interface EngineOptions {
   /** Positions of the KV cache; 0 takes the model's context length. Sequences share them. */
@@ -36,6 +37,13 @@ export interface EngineOptions {
   verifyReads?: boolean;
   /** Computes every neuron that fires, as if the model had no predictor. */
   exact?: boolean;
+  /** What computes the hottest neurons beside the CPU. Default `auto`. */
+  npu?: NpuChoice;
+  /** Of ONNX Runtime: the library, unless it is where it is looked for, and the profile of the device whose NPU it uses. */
+  npuLibrary?: string;
+  npuProfile?: string;
+  /** Share of the neurons that this unit computes, 0 to 1. Default: what is estimated to be fastest. */
+  hotRatio?: number;
   /** Steps of streaming that are taken away, to measure what they bring. */
   ablate?: readonly Ablation[];
   /** Records of each thread's trace; absent: nothing is traced. */
@@ -142,6 +150,8 @@ export class Engine implements StepEngine, BatchEngine {
   readonly operatingPoint: OperatingPoint | null;
   /** Why the model's predictor is not used, though nobody asked for exact mode; else null. */
   readonly notice: string | null;
+  /** The dense unit; null when the CPU computes everything. */
+  readonly unit: UnitUse | null;
   /** What computes, and the steps of streaming that were taken away. */
   readonly name: EngineName;
   readonly ablated: readonly Ablation[];
@@ -152,6 +162,7 @@ export class Engine implements StepEngine, BatchEngine {
   private constructor(
     native: NativeEngine,
     { request, budgetBytes, operatingPoint, notice }: PlannedRequest,
+    unit: UnitUse | null,
     { engine = 'pi2', ablate = [] }: EngineOptions,
     cpuFeatures: readonly string[],
     loadMs: number,
@@ -161,6 +172,7 @@ export class Engine implements StepEngine, BatchEngine {
     this.name = engine;
     this.ablated = ablate;
     this.budgetBytes = budgetBytes;
+    this.unit = unit;
     this.storage = native.counters().stream?.storage ?? (request.mapped ? 'mmap' : 'resident');
     this.gatesResidentShare = gatesResidentShare(request);
     this.regions = regionsOf(request);
@@ -199,7 +211,11 @@ export class Engine implements StepEngine, BatchEngine {
     try {
       const planned = await planRequest(model, request, options, addon);
       const native = await addon.openEngine(planned.request);
-      return new Engine(native, planned, options, cpu.features, performance.now() - start);
+      const unit = await settleUnit(model, planned.wantedUnit, planned.request, native).catch(async (error) => {
+        await native.close();
+        throw error;
+      });
+      return new Engine(native, planned, unit, options, cpu.features, performance.now() - start);
     } catch (error) {
       throw nativeError(error, `open ${model.path}`);
     }
@@ -314,6 +330,13 @@ export function nativeError(error: unknown, doing: string): unknown {
         'E_MEMORY',
         `cannot ${doing}: not enough memory (${message})`,
         'give a smaller context with -c, or convert with fewer bits: --quant q4',
+        options,
+      );
+    case 'NATIVE_UNIT':
+      return new Pi2Error(
+        'E_NPU',
+        `cannot ${doing}: ${message}`,
+        'ONNX Runtime comes with npm install onnxruntime-node, or name its file with --npu-library; --npu none does without',
         options,
       );
     case 'NATIVE_CPU':

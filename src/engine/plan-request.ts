@@ -5,6 +5,7 @@ import { type FiringRates, readFiringRates } from '../format/firing-rates.js';
 import { rowsReadBytes } from '../format/layout.js';
 import type { OperatingPoint, PredictorEntry } from '../format/manifest.js';
 import type { ModelDirectory } from '../format/model-directory.js';
+import { clusterEnds } from '../plan/hot-ratio.js';
 import type { NeuronCosts } from '../plan/keep-order.js';
 import { budgetBytes, describeLimit } from '../plan/memory-limit.js';
 import {
@@ -21,6 +22,7 @@ import { ablateShape, ablateStream, LLMFLASH_ABLATIONS } from './ablation.js';
 import type { EngineMemory, EngineRequest, NativeAddon, StreamRequest } from './contract.js';
 import type { EngineOptions } from './engine.js';
 import { type ModelRequest, predictorRequest, streamRequest } from './engine-request.js';
+import { unitRequest, type WantedUnit, wantedUnit } from './unit-request.js';
 
 /** What this process takes beside the engine: garbage of JavaScript, logits, stacks, the unused ends of allocations. */
 const RESERVE_BYTES = 32 * 1024 * 1024;
@@ -36,6 +38,8 @@ export interface PlannedRequest {
   budgetBytes: number;
   /** The thresholds that the predictor works with; null when every neuron that fires is computed. */
   operatingPoint: OperatingPoint | null;
+  /** The dense unit that was asked for. */
+  wantedUnit: WantedUnit | null;
   /** Why the model's predictor is not used, though nobody asked for that. */
   notice: string | null;
 }
@@ -64,26 +68,26 @@ export async function planRequest(
   const rateBytes = model.profilePath === null ? 0 : RATE_BYTES * base.expertOffsets.length * base.neuronCount;
   const processBytes = process.memoryUsage.rss() + RESERVE_BYTES + rateBytes;
   const hasMatrixUnit = !isMapped && (base.kernelSet ?? addon.cpu().kernelSets.at(-1)) === 'amx';
+  const wanted = await wantedUnit(model, base, options);
   const requestOf = (
     batchSize: number,
-    shape: StreamShape | undefined,
+    planned: StreamShape | undefined,
     point: OperatingPoint | null,
     firingRates?: Float32Array,
-  ) => ({
-    ...base,
-    ...(isMapped ? { mapped: true } : {}),
-    ...(options.traceRecords === undefined ? {} : { traceRecords: options.traceRecords }),
-    ...(shape === undefined
-      ? {}
-      : streamRequest(
-          model,
-          ablateShape(shape, ablated),
-          { ...how, ...(firingRates ? { firingRates } : {}) },
-          verifyReads,
-        )),
-    ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
-    batchSize,
-  });
+  ) => {
+    const shape = planned && ablateShape(planned, ablated);
+    return {
+      ...base,
+      ...(wanted === null ? {} : { unit: unitRequest(wanted, base, shape) }),
+      ...(isMapped ? { mapped: true } : {}),
+      ...(options.traceRecords === undefined ? {} : { traceRecords: options.traceRecords }),
+      ...(shape === undefined
+        ? {}
+        : streamRequest(model, shape, { ...how, ...(firingRates ? { firingRates } : {}) }, verifyReads)),
+      ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
+      batchSize,
+    };
+  };
   let rates: Promise<FiringRates | null> | undefined;
   const readRates = () => {
     rates ??= readFiringRates(model);
@@ -101,6 +105,9 @@ export async function planRequest(
       mode,
       measure: (batchSize, shape) =>
         sumOfBytes(addon.memoryNeeded(requestOf(batchSize, shape, entry?.points[0] ?? null))),
+      ...(wanted?.isForced && wanted.kind === 'host'
+        ? { unitNeurons: clusterEnds(wanted.clusters, base.neuronCount) }
+        : {}),
       ...(entry === undefined ? {} : { keptShares: entry.points.map((point) => point.kept_share) }),
       // Which experts are next nobody knows before attention.
       canPrefetch: entry !== undefined && base.expertCount === 1 && !ablated.includes('prefetch'),
@@ -134,7 +141,7 @@ export async function planRequest(
     if (plan.kind === 'too_little') throw tooLittle(model, base.contextLength, options, budgetBytes, plan.leastBytes);
     const shape = plan.kind === 'streamed' ? plan.shape : undefined;
     const request = requestOf(plan.batchSize, shape, operatingPoint, shape && (await bankRates()));
-    return { request, budgetBytes, operatingPoint, notice };
+    return { request, budgetBytes, operatingPoint, wantedUnit: wanted, notice };
   };
   if (predictor === undefined || exact) return planned(await decide(), null, null);
   const predicted = await decide(predictor);
@@ -207,7 +214,7 @@ function neuronCosts(model: ModelDirectory): NeuronCosts {
 }
 
 function sumOfBytes(memory: EngineMemory): number {
-  return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.loadBytes;
+  return memory.weightBytes + memory.kvBytes + memory.scratchBytes + memory.unitBytes + memory.loadBytes;
 }
 
 function inMebibytes(bytes: number): string {

@@ -22,20 +22,25 @@ export interface FiringRates {
   routed: Float64Array;
   /** For each bank, the share of all tokens that its neurons fire for, in heat order: falling. */
   rates: Float32Array[];
+  /**
+   * For batches of 1, 2, … tokens, the share of them in which the neuron at a place of the heat order fires, in the mean over
+   * banks: as far as it was asked for.
+   */
+  batchShares?: Float64Array[];
 }
 
 /**
  * The firing rates in the profile of a model; null when its neurons are in the order of the checkpoint. Of the file no more is
- * in memory than the single-token counts of a layer. Throws `Pi2Error`: E_MODEL when the file is not the one that the manifest
+ * in memory than one table of counts of a layer. `batchSizes`: batches of up to so many tokens are read. Throws `Pi2Error`: E_MODEL when the file is not the one that the manifest
  * speaks of, or is no profile of such a model; E_IO.
  */
-export async function readFiringRates(model: ModelDirectory): Promise<FiringRates | null> {
+export async function readFiringRates(model: ModelDirectory, batchSizes = 1): Promise<FiringRates | null> {
   const { profilePath } = model;
   if (profilePath === null) return null;
   try {
     const file = await open(profilePath, 'r');
     try {
-      return await readRates(file, model, profilePath);
+      return await readRates(file, model, profilePath, batchSizes);
     } finally {
       await file.close();
     }
@@ -47,7 +52,12 @@ export async function readFiringRates(model: ModelDirectory): Promise<FiringRate
   }
 }
 
-async function readRates(file: FileHandle, model: ModelDirectory, where: string): Promise<FiringRates> {
+async function readRates(
+  file: FileHandle,
+  model: ModelDirectory,
+  where: string,
+  batchSizes: number,
+): Promise<FiringRates> {
   const { heat_order, hyperparameters } = model.manifest;
   if (heat_order === 'identity') throw new Error('a model in the order of its checkpoint has no rates');
   const hash = createHash('sha256');
@@ -81,16 +91,22 @@ async function readRates(file: FileHandle, model: ModelDirectory, where: string)
   await take(new Uint8Array(routed.buffer));
   const counts = new Uint32Array(layerNeurons(shape));
   const rates: Float32Array[] = [];
+  const batchShares = Array.from({ length: batchSizes }, () => new Float64Array(neurons));
   for (let layer = 0; layer < layers; layer++) {
-    await passTo(layout.fired + layer * BATCH_SIZES_MOST * counts.byteLength);
-    await take(new Uint8Array(counts.buffer));
-    for (let expert = 0; expert < experts; expert++) {
-      // The order of bundles is that of these counts: sorted, they are in heat order.
-      const rising = counts.subarray(expert * neurons, (expert + 1) * neurons).sort();
-      if (rising[neurons - 1] > tokens) throw damagedProfile(where, 'a neuron fired more often than it could');
-      const falling = new Float32Array(neurons);
-      for (let i = 0; i < neurons; i++) falling[i] = rising[neurons - 1 - i] / tokens;
-      rates.push(falling);
+    for (const [b, shares] of batchShares.entries()) {
+      const batches = header.batches[b];
+      await passTo(layout.fired + (layer * BATCH_SIZES_MOST + b) * counts.byteLength);
+      await take(new Uint8Array(counts.buffer));
+      for (let expert = 0; expert < experts; expert++) {
+        // The order of bundles is that of the counts of single tokens: sorted, they are in heat order. What fires for more of
+        // them fires in more batches, so that larger batches sorted by themselves are nearly in it.
+        const rising = counts.subarray(expert * neurons, (expert + 1) * neurons).sort();
+        if (rising[neurons - 1] > batches) throw damagedProfile(where, 'a neuron fired more often than it could');
+        const falling = new Float32Array(neurons);
+        for (let i = 0; i < neurons; i++) falling[i] = rising[neurons - 1 - i] / (batches || 1);
+        for (let i = 0; i < neurons; i++) shares[i] += falling[i] / (layers * experts);
+        if (b === 0) rates.push(falling);
+      }
     }
   }
   await passTo(layout.bytes);
@@ -100,5 +116,5 @@ async function readRates(file: FileHandle, model: ModelDirectory, where: string)
   if (routed.some((count) => count > tokens)) {
     throw damagedProfile(where, 'an expert was used by more tokens than there were');
   }
-  return { routed: Float64Array.from(routed, (count) => count / tokens), rates };
+  return { routed: Float64Array.from(routed, (count) => count / tokens), rates, batchShares };
 }

@@ -9,7 +9,7 @@
  * `measure` asks the engine, which is the one place that does.
  */
 import { PAGE_BYTES } from '../format/layout.js';
-import { type Banks, GROUP_NEURONS, KeepOrder, type KeptCounts } from './keep-order.js';
+import { type Banks, CHUNK_NEURONS, GROUP_NEURONS, KeepOrder, type KeptCounts } from './keep-order.js';
 
 /**
  * Reads on their way and being computed, two halves of 8 MiB: chunks for every core, where one takes a MiB, and reads for
@@ -64,6 +64,11 @@ export interface MemoryQuestion extends Banks {
    * whole, since their gates are not what says whether they are needed.
    */
   keptShares?: readonly number[];
+  /**
+   * Hottest neurons of every bank that a dense unit computes, ascending: as many of them as fit are kept for good. Default:
+   * none.
+   */
+  unitNeurons?: readonly number[];
   /** Most tokens computed together. Default: `BATCH_SIZE_MOST`. */
   batchMost?: number;
   /** Whether the engine can read neurons ahead. */
@@ -141,8 +146,9 @@ function emptyShape({ bankCount }: MemoryQuestion): StreamShape {
 
 /** As many neurons as fit, in their order. */
 function keepNeurons(question: MemoryQuestion, fits: (shape: StreamShape) => boolean): StreamShape {
-  const { bankCount, neuronCount, keptShares = [] } = question;
-  const order = new KeepOrder(question, question.keptShares !== undefined);
+  const { bankCount, neuronCount, keptShares = [], unitNeurons = [] } = question;
+  const rowsOnly = question.keptShares !== undefined;
+  const order = new KeepOrder(question, rowsOnly);
   const hotMost = Array.from({ length: bankCount }, (_, bank) => hotCount(question, bank));
   const shapeOf = ({ gates, rows }: KeptCounts, wanted: number): StreamShape => {
     const kept = rows.map((count) => Math.max(count, wanted));
@@ -150,16 +156,20 @@ function keepNeurons(question: MemoryQuestion, fits: (shape: StreamShape) => boo
     const most = (bank: number) => (kept[bank] === neuronCount ? neuronCount : hotMost[bank]);
     const hotNeurons = kept.map((count, bank) => Math.max(Math.min(count, most(bank)), wanted));
     const coldSlots = kept.map((count, bank) => count - hotNeurons[bank]);
-    return { residentGates: gates, hotNeurons, coldSlots, stagingBytes: 0, prefetchBytes: 0 };
+    const ofHot = rowsOnly ? 0 : Math.min(CHUNK_NEURONS * Math.ceil(wanted / CHUNK_NEURONS), neuronCount);
+    const residentGates = gates.map((count) => Math.max(count, ofHot));
+    return { residentGates, hotNeurons, coldSlots, stagingBytes: 0, prefetchBytes: 0 };
   };
   // What a point promises was measured with that share of each bank in memory from the first token on. With rates slots are full
   // from there on, and places go to banks by what fires; without, neurons have to be hot, the same share of each bank.
   const promised = question.firingRates === undefined ? keptShares : [];
   const shares = promised.map((share) => shareOfNeurons(share, neuronCount));
-  const wanted = Math.max(0, ...shares.filter((count) => fits(shapeOf(order.counts(0), count))));
+  const most = (counts: readonly number[]) =>
+    Math.max(0, ...counts.filter((count) => fits(shapeOf(order.counts(0), count))));
+  const wanted = Math.max(most(shares), most(unitNeurons));
   const count = mostThatFit(order.length, (items) => fits(shapeOf(order.counts(items), wanted)));
-  const most = count < order.length && order.isRows(count) ? GROUP_NEURONS - 1 : 0;
-  const part = mostThatFit(most, (neurons) => fits(shapeOf(order.counts(count, neurons), wanted)));
+  const partMost = count < order.length && order.isRows(count) ? GROUP_NEURONS - 1 : 0;
+  const part = mostThatFit(partMost, (neurons) => fits(shapeOf(order.counts(count, neurons), wanted)));
   return shapeOf(order.counts(count, part), wanted);
 }
 

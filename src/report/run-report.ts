@@ -2,6 +2,7 @@ import os from 'node:os';
 import { formatBytes } from '../base/bytes.js';
 import { peakMemoryBytes } from '../base/memory.js';
 import type { Ablation } from '../engine/ablation.js';
+import type { Continuation } from '../engine/batch.js';
 import type { Bandwidths } from '../engine/contract.js';
 import type { EngineCounters } from '../engine/counters.js';
 import type { Engine, EngineName } from '../engine/engine.js';
@@ -12,14 +13,15 @@ import { readBuild } from './build.js';
 import { formatMs, formatShare, formatTable } from './format.js';
 import { type PredictorReport, predictorLines, predictorReport } from './predictor-report.js';
 import { describeRoofline, type RooflineReport, rooflineReport } from './roofline.js';
-import { summarize } from './statistics.js';
+import { mean, summarize } from './statistics.js';
 import { type StreamReport, streamLines, streamReport } from './stream-report.js';
+import { type UnitReport, unitLines, unitReport } from './unit-report.js';
 
 /**
  * The report of a run as `--json` prints it. Names are stable; units come last. Null where nothing was measured: no token
  * latency without a second token.
  */
-export interface RunReport extends StreamReport, PredictorReport, RooflineReport {
+export interface RunReport extends StreamReport, PredictorReport, RooflineReport, UnitReport {
   type: 'report';
   model: string;
   family: string;
@@ -74,6 +76,32 @@ export interface RunReport extends StreamReport, PredictorReport, RooflineReport
   cpu_model: string;
   version: string;
   commit: string;
+  /** Of continuations that were decoded together, in order of their seeds; null for the one of an ordinary run. */
+  continuations: ContinuationReport[] | null;
+  /** The number of the one that `--best-of` printed, from 0. */
+  best_continuation: number | null;
+  /** How many decode steps had a token of so many sequences, most sequences first. */
+  live_batch_sizes: { sequences: number; steps: number }[] | null;
+}
+
+/** One of several continuations. */
+export interface ContinuationReport {
+  seed: number;
+  generated_tokens: number;
+  stop_reason: StopReason;
+  /** Its own tokens behind the first, by the time of the steps that it was part of. */
+  decode_tokens_per_second: number | null;
+  /** Of its tokens under the model, with `--best-of`. */
+  mean_log_probability: number | null;
+}
+
+/** What was decoded together. */
+export interface BatchFacts {
+  continuations: readonly Continuation[];
+  seeds: readonly number[];
+  best: number | null;
+  /** Of each decode step. */
+  liveSizes: readonly number[];
 }
 
 export interface RunFacts {
@@ -92,11 +120,15 @@ export interface RunFacts {
     | 'operatingPoint'
     | 'name'
     | 'ablated'
+    | 'unit'
     | 'batchSize'
   >;
+  /** Of a batch: tokens of all, latencies of its steps. */
   timings: GenerationTimings;
   stopReason: StopReason;
   seed: number;
+  /** Absent for an ordinary run. */
+  batch?: BatchFacts;
   pageCacheBytes: number | null;
   /** What memory and flash gave at best; null if it was not measured. */
   roof: Bandwidths | null;
@@ -112,6 +144,7 @@ export function runReport(facts: RunFacts): RunReport {
   const { manifest, engine, timings, counters } = facts;
   const latency = summarize(timings.latenciesMs);
   const decodeSteps = timings.latenciesMs.length;
+  const liveMean = facts.batch && decodeSteps > 0 ? mean(facts.batch.liveSizes) : 1;
   const decodeBytes = counters.weightBytesRead - facts.countersAfterPrompt.weightBytesRead;
   const decodeMs = timings.latenciesMs.reduce((sum, latency) => sum + latency, 0);
   const decodedTokens = counters.tokens - facts.countersAfterPrompt.tokens;
@@ -126,7 +159,7 @@ export function runReport(facts: RunFacts): RunReport {
     prompt_tokens: timings.promptTokens,
     generated_tokens: timings.generatedTokens,
     prompt_tokens_per_second: timings.promptMs > 0 ? (1000 * timings.promptTokens) / timings.promptMs : null,
-    decode_tokens_per_second: decodeSteps > 0 ? 1000 / (latency.mean as number) : null,
+    decode_tokens_per_second: decodeSteps > 0 ? (1000 * liveMean) / (latency.mean as number) : null,
     time_to_first_token_ms: timings.generatedTokens > 0 ? timings.firstTokenMs : null,
     load_ms: engine.loadMs,
     token_latency_ms_mean: latency.mean,
@@ -163,13 +196,33 @@ export function runReport(facts: RunFacts): RunReport {
       engine.operatingPoint,
       facts.recall,
     ),
+    ...unitReport(facts.countersAfterPrompt, counters, engine),
     ...rooflineReport(facts.countersAfterPrompt, counters, decodeMs, facts.roof),
     threads: engine.threads,
     kernel_set: engine.kernelSet,
     cpu_features: [...engine.cpuFeatures],
     cpu_model: os.cpus()[0]?.model.trim() || 'unknown',
     ...readBuild(),
+    continuations: facts.batch ? continuationReports(facts.batch) : null,
+    best_continuation: facts.batch?.best ?? null,
+    live_batch_sizes: facts.batch ? countSizes(facts.batch.liveSizes) : null,
   };
+}
+
+function continuationReports({ continuations, seeds }: BatchFacts): ContinuationReport[] {
+  return continuations.map(({ tokens, stopReason, decodeMs, meanLogProbability }, i) => ({
+    seed: seeds[i],
+    generated_tokens: tokens.length,
+    stop_reason: stopReason,
+    decode_tokens_per_second: tokens.length > 1 ? (1000 * (tokens.length - 1)) / decodeMs : null,
+    mean_log_probability: meanLogProbability,
+  }));
+}
+
+function countSizes(sizes: readonly number[]): { sequences: number; steps: number }[] {
+  const steps = new Map<number, number>();
+  for (const size of sizes) steps.set(size, (steps.get(size) ?? 0) + 1);
+  return [...steps].sort(([a], [b]) => b - a).map(([sequences, count]) => ({ sequences, steps: count }));
 }
 
 /** The report for people, one fact a line. */
@@ -181,6 +234,7 @@ export function formatRunReport(report: RunReport): string {
   return formatTable([
     ['prompt', `${report.prompt_tokens} tokens, ${speed(report.prompt_tokens_per_second)}`],
     ['decode', `${report.generated_tokens} tokens, ${speed(report.decode_tokens_per_second)}`],
+    ...continuationLines(report),
     ['first token', time(report.time_to_first_token_ms)],
     [
       'token latency',
@@ -197,6 +251,7 @@ export function formatRunReport(report: RunReport): string {
     ...regionLines(report),
     ...streamLines(report),
     ...predictorLines(report),
+    ...unitLines(report),
     ['weights read', perToken === null ? '-' : `${formatBytes(perToken)} a token`],
     ...rooflineLines(report),
     ['neurons fired', report.neurons_fired_share === null ? '-' : formatShare(report.neurons_fired_share)],
@@ -206,6 +261,28 @@ export function formatRunReport(report: RunReport): string {
     ['cpu', `${report.cpu_model}, ${report.threads} threads, ${report.kernel_set} (${report.cpu_features.join(' ')})`],
     ['powerinfer2', `${report.version}, commit ${report.commit}`],
   ]);
+}
+
+/** A line for each of several continuations, and how many were live. */
+function continuationLines({ continuations, best_continuation, live_batch_sizes }: RunReport): [string, string][] {
+  if (continuations === null) return [];
+  const live = (live_batch_sizes ?? []).map(({ sequences, steps }) => `${steps} steps of ${sequences}`).join(', ');
+  return [
+    ['live sequences', live === '' ? '-' : live],
+    ...continuations.map((one, i): [string, string] => {
+      const speed = one.decode_tokens_per_second;
+      const facts = [
+        `seed ${one.seed}, ${one.generated_tokens} tokens`,
+        ...(speed === null ? [] : [`${speed.toFixed(2)} tokens/s`]),
+        ...(one.mean_log_probability === null
+          ? []
+          : [`log-probability ${one.mean_log_probability.toFixed(4)} a token`]),
+        `stopped by ${one.stop_reason.replace('_', ' ')}`,
+        ...(best_continuation === i ? ['the best'] : []),
+      ];
+      return [`continuation ${i + 1}`, facts.join(', ')];
+    }),
+  ];
 }
 
 /** Where neurons are, when not all of them are in memory. */
