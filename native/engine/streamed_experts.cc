@@ -91,8 +91,8 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   compact_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
   columns_ = carver.take<Column>(config.threads * part_room(config.neuron_count));
   summed_ = carver.take<uint32_t>(config.threads * part_room(config.neuron_count));
-  ahead_neurons_ = carver.take<uint32_t>(most_ahead(config));
-  ahead_read_ = carver.take<ReadRequest*>(most_ahead(config) > 0 ? config.neuron_count : 0);
+  ahead_neurons_ = carver.take<uint32_t>(config.neuron_count);
+  ahead_read_ = carver.take<ReadRequest*>(config.neuron_count);
   part_sums_ = carver.take<float>(kParts * config.vector_batch() * padded_hidden(config));
   return carver.used();
 }
@@ -155,8 +155,7 @@ Status StreamedExperts::allocate() {
   carve(config, scratch_.data());
   half_requests_ = half_requests(config);
   requests_ = std::make_unique<ReadRequest[]>(request_total(config));
-  ahead_.reads = requests_.get() + 2 * half_requests_;
-  ahead_.staging = staging_.data() + 2 * half_bytes(config);
+  forget_ahead();
   ahead_bytes_ = config.stream.prefetch_bytes / 4;
   thread_counters_ = std::make_unique<ThreadCounters[]>(config.threads);
   progress_ = std::make_unique<Progress[]>(kParts);
@@ -235,20 +234,28 @@ Status StreamedExperts::run(const ExpertJob& job) {
     rounds[i].first_phase.staging = staging_.data() + i * half;
     return plan_round(bank, first_chunk, &rounds[i]);
   };
-  size_t current = 0;
-  bool more = plan(current, job.first_chunk());
+  // What was begun while the bank before was computed is of the first round, in whose half it lies.
+  const size_t first_chunk = job.first_chunk();
+  if (!is_ahead_guess_ && first_chunk > 0) end_ahead();
+  size_t current = ahead_half_;
+  const bool reads_next = job.predictor_x == nullptr && first_chunk == 0 && knows_next_bank(bank);
+  bool more = plan(current, first_chunk);
   while (true) {
     const Round& round = rounds[current];
     const bool last = !more;
     if (!last && config_->stream.pipeline) more = plan(1 - current, round.end_chunk);
+    // Both halves are taken while a round that was begun ahead is computed.
+    const bool is_free = last && ahead_.count == 0 && !failure.any();
+    if (is_free && reads_next) read_ahead(bank + 1, 1 - current);
     compute_round(job, bank, round);
     settle_round(bank, round, failure.any());
+    if (!is_ahead_guess_ && ahead_bank_ == bank) end_ahead();
     if (last) break;
     if (!config_->stream.pipeline) more = plan(1 - current, round.end_chunk);
     current = 1 - current;
   }
   failure_ = nullptr;
-  end_ahead();
+  if (ahead_bank_ == bank || failure.any()) end_ahead();
   if (!failure.any()) add_parts(job);
   collect_counters(job);
   const uint64_t stall = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns - stall_before;

@@ -16,9 +16,11 @@
  *
  * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
  * of the round (paper section 1.7). The files streamed_find.cc,
- * streamed_plan.cc and streamed_stages.cc hold them.
+ * streamed_plan.cc and streamed_stages.cc hold them; streamed_ahead.cc and streamed_prefetch.cc begin reads before their
+ * job.
  *
- * A whole chunk without gates in memory is read in sequence. A batch of tokens goes the same way with more entries.
+ * A whole chunk without gates in memory is read in sequence, the next layer's first ones while this layer is still computed.
+ * A batch of tokens goes the same way with more entries.
  *
  * Threads: planning and the cache's bookkeeping happen on the caller's thread, between regions.
  */
@@ -168,11 +170,15 @@ class StreamedExperts : public Experts {
   void trace_reads(const ReadList& list);
   void trace_counters();
 
+  bool knows_next_bank(size_t bank) const;
+  void read_ahead(size_t bank, size_t half);
+
   bool is_ahead(const ReadRequest* read) const { return read >= ahead_.reads && read < ahead_.reads + ahead_.count; }
   bool is_asking_worth_it();
   void judge_asking(double waited);
   void tune_ahead();
   void end_ahead();
+  void forget_ahead();
 
   void compute_round(const ExpertJob& job, size_t bank, const Round& round);
   void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
@@ -258,10 +264,13 @@ class StreamedExperts : public Experts {
   std::unique_ptr<ThreadCounters[]> thread_counters_;
   std::unique_ptr<Progress[]> progress_;  // (part)
   FirstFailure* failure_ = nullptr;
-  ReadList ahead_;                      // reads begun before attention
-  size_t ahead_bank_ = 0;               // whose they are
-  size_t ahead_bytes_ = 0;              // how much is read ahead at present: what flash delivers during attention
-  uint32_t* ahead_neurons_ = nullptr;   // (read ahead): the neurons, ascending
+  ReadList ahead_;                     // reads begun before their job
+  size_t ahead_bank_ = 0;              // whose they are
+  bool is_ahead_guess_ = true;         // whether a predictor chose them; else they are known to be wanted, and lie in a half
+  size_t ahead_half_ = 0;              // which
+  size_t ahead_end_chunk_ = 0;         // one behind the last chunk that they cover
+  size_t ahead_bytes_ = 0;             // how much is read ahead at present: what flash delivers during attention
+  uint32_t* ahead_neurons_ = nullptr;  // (neuron): those read ahead, ascending
   ReadRequest** ahead_read_ = nullptr;  // (neuron): its read ahead, or null
   size_t ahead_count_ = 0;
   size_t ahead_used_ = 0;

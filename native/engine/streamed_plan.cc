@@ -13,6 +13,14 @@ bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) 
   ReadList& list = round->first_phase;
   round->first_chunk = first_chunk;
   size_t chunk = first_chunk;
+  // Reads begun ahead take the beginning of the half that they lie in.
+  const bool is_begun = first_chunk == 0 && ahead_end_chunk_ > 0;
+  const size_t begun_bytes = is_begun ? ahead_.staged_bytes : 0;
+  const size_t begun_reads = is_begun ? ahead_.count : 0;
+  list.reads += begun_reads;
+  list.staging += begun_bytes;
+  round->planned_bytes = begun_bytes;
+  round->planned_reads = begun_reads;
   for (; chunk < chunks(); chunk++) {
     const bool is_predicted = kinds_[chunk] == ChunkKind::kPredicted;
     size_t bytes = chunk_flash_bytes(*config_);
@@ -31,11 +39,11 @@ bool StreamedExperts::plan_round(size_t bank, size_t first_chunk, Round* round) 
       reads = 3 * missing;
     }
     const bool fits = round->planned_bytes + bytes <= half && round->planned_reads + reads <= half_requests_;
-    if (!fits && chunk > first_chunk) break;
+    if (!fits && chunk > first_chunk && !(is_begun && chunk < ahead_end_chunk_)) break;
     plan_chunk(bank, chunk, round);
     // What other kinds need is the same whenever they are planned: it may count as it is.
-    round->planned_bytes = is_predicted ? round->planned_bytes + bytes : list.staged_bytes;
-    round->planned_reads = is_predicted ? round->planned_reads + reads : list.count;
+    round->planned_bytes = is_predicted ? round->planned_bytes + bytes : begun_bytes + list.staged_bytes;
+    round->planned_reads = is_predicted ? round->planned_reads + reads : begun_reads + list.count;
   }
   round->end_chunk = chunk;
   submit(list);

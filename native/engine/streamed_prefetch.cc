@@ -132,7 +132,7 @@ void StreamedExperts::Mean::add(double value) {
 
 /** Attention is over: what has arrived by now is what flash had to spare. */
 void StreamedExperts::tune_ahead() {
-  if (ahead_.count == 0) return;
+  if (ahead_.count == 0 || !is_ahead_guess_) return;
   reader_->poll();
   size_t arrived = 0;
   for (size_t i = 0; i < ahead_.count; i++) {
@@ -153,12 +153,20 @@ void StreamedExperts::end_ahead() {
   stream_counters_.row_stall_ns += static_cast<uint64_t>(waited.count()) * pool_->threads();
   trace_reads(ahead_);
   for (size_t i = 0; i < ahead_count_; i++) ahead_read_[ahead_neurons_[i]] = nullptr;
-  stream_counters_.prefetch_used += ahead_used_;
-  if (static_cast<double>(ahead_used_) < kLeastUsed * static_cast<double>(ahead_count_)) {
-    ahead_bytes_ = static_cast<size_t>(static_cast<double>(ahead_bytes_) * kDecline);
+  if (is_ahead_guess_) {
+    stream_counters_.prefetch_used += ahead_used_;
+    if (static_cast<double>(ahead_used_) < kLeastUsed * static_cast<double>(ahead_count_)) {
+      ahead_bytes_ = static_cast<size_t>(static_cast<double>(ahead_bytes_) * kDecline);
+    }
   }
-  ahead_.count = 0;
-  ahead_.staged_bytes = 0;
+  forget_ahead();
+}
+
+/** No read is ahead, and the next would be guesses, which have memory of their own. */
+void StreamedExperts::forget_ahead() {
+  ahead_ = {requests_.get() + 2 * half_requests_, 0, staging_.data() + 2 * half_bytes(*config_), 0};
+  is_ahead_guess_ = true;
+  ahead_half_ = ahead_end_chunk_ = 0;
   ahead_count_ = ahead_used_ = 0;
 }
 

@@ -11,8 +11,11 @@
 import { PAGE_BYTES } from '../format/layout.js';
 import { type Banks, CHUNK_NEURONS, GROUP_NEURONS, KeepOrder, type KeptCounts } from './keep-order.js';
 
-/** Reads on their way and being computed, two halves of 2 MiB: more is better spent on neurons. */
-const STAGING_BYTES_MOST = 4 * 1024 * 1024;
+/**
+ * Reads on their way and being computed, two halves of 8 MiB: chunks for every core, where one takes a MiB, and reads for
+ * the time of an attention block. More is better spent on neurons.
+ */
+const STAGING_BYTES_MOST = 16 * 1024 * 1024;
 /** Staging is this share of what remains above the least, while that is little. */
 const STAGING_SHARE = 1 / 16;
 /** The same of neurons that a predictor guesses before attention: what a device can read meanwhile. */
