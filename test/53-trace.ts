@@ -87,6 +87,7 @@ t.test('run: the same text with and without, in memory and from flash', async (t
   const args = ['run', '-m', path, '-p', 'Once upon a time', '-n', '12', '--seed', '3', '-t', '2', '--json'];
   const ids = (stdout: string) => jsonLines(stdout).map(({ id }) => id);
   const plain = await runCli(...args);
+  let others = 0;
   for (const memory of ['1G', 'min']) {
     const file = join(scratch, `${memory}.json`);
     const traced = await runCli(...args, '--memory', memory, '--trace', file);
@@ -99,12 +100,11 @@ t.test('run: the same text with and without, in memory and from flash', async (t
     const streamed = ['plan', 'round', 'gate', 'row', 'read', 'missing neurons', 'flash bytes'];
     for (const name of always) t.ok(names.has(name), name);
     for (const name of streamed) t.equal(names.has(name), memory === 'min', name);
-    t.ok(
-      events.some(({ tid, ph }) => tid === 2 && ph === 'X'),
-      'the second thread does something',
-    );
+    others += events.filter(({ tid, ph }) => tid === 2 && ph === 'X').length;
     if (memory === 'min') checkReads(t, events, jsonLines(traced.stdout).at(-1).flash_read_bytes_per_token);
   }
+  // In memory this model is so quick that a busy machine may never give the second thread a turn.
+  t.ok(others > 0, 'the second thread does something');
 });
 
 function checkReads(t: Test, events: readonly TraceEvent[], bytesPerToken: number): void {
