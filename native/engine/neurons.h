@@ -21,6 +21,13 @@ inline constexpr size_t kChunksPerGroup = kGroup / kNeuronChunk;
  */
 inline constexpr size_t kParts = 8;
 
+/**
+ * Most tokens of a job that are few, as decoding several sequences has them: memory is their limit, so each looks for its
+ * own rows, which those before it brought into the core's cache. Of more, nearly every row is wanted by one of them, and
+ * arithmetic is the limit.
+ */
+inline constexpr size_t kFewTokens = 8;
+
 /** Tokens whose sums one thread keeps at a time. */
 inline constexpr size_t kTokenTile = 16;
 

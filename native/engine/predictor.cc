@@ -68,8 +68,9 @@ size_t Predictor::carve(const EngineConfig& config, uint8_t* scratch) {
   hidden_ = carver.take<float>(config.batch_size * rank);
   factors_ = carver.take<float>(rank * config.batch_size);
   units_ = carver.take<uint32_t>(rank);
-  columns_ = carver.take<Column>(rank);
-  scores_room_ = std::max(config.batch_size, kMostGroups) * kGroup;
+  const size_t few = std::min(config.batch_size, kFewTokens);
+  columns_ = carver.take<Column>(few * rank);
+  scores_room_ = std::max(config.batch_size, few * kMostGroups) * kGroup;
   scores_ = carver.take<float>(config.threads * scores_room_);
   times_ = carver.take<ThreadTime>(config.threads);
   return carver.used();
@@ -129,19 +130,20 @@ void Predictor::begin(const ExpertJob& job, bool rough) {
                   hidden_ + unit, rank);
   });
   active_ = 0;
+  column_counts_.fill(0);
   for (size_t unit = 0; unit < rank; unit++) {
-    if (job.tokens == 1) {
-      // Negated, so that what is not a number goes on.
-      if (hidden_[unit] <= 0) continue;
-      const Rows column = layer.fc2.rows_from(first + unit);
-      columns_[active_++] = {column.weights, column.scales, hidden_[unit]};
-      continue;
-    }
     bool active = false;
     for (size_t t = 0; t < job.tokens; t++) {
       const float value = hidden_[t * rank + unit];
-      factors_[unit * batch + t] = value <= 0 ? 0.0f : value;
-      active |= !(value <= 0);
+      // Negated, so that what is not a number goes on.
+      const bool is_on = !(value <= 0);
+      active |= is_on;
+      if (job.tokens > kFewTokens) {
+        factors_[unit * batch + t] = is_on ? value : 0.0f;
+      } else if (is_on) {
+        const Rows column = layer.fc2.rows_from(first + unit);
+        columns_[t * rank + column_counts_[t]++] = {column.weights, column.scales, value};
+      }
     }
     if (active) units_[active_++] = static_cast<uint32_t>(unit);
   }
@@ -173,6 +175,7 @@ void Predictor::keep_strongest(const Layer& layer, size_t first) {
     const Column column = columns_[count++];
     if (strength(unit) >= least) columns_[active_++] = column;
   }
+  column_counts_[0] = active_;
 }
 
 const float* Predictor::score(const ExpertJob& job, size_t first, size_t count, size_t thread) {
@@ -183,8 +186,11 @@ const float* Predictor::score(const ExpertJob& job, size_t first, size_t count, 
   const size_t room = count * kGroup;
   float* scores = scores_ + thread * scores_room_;
   std::memset(scores, 0, job.tokens * room * sizeof(float));
-  if (job.tokens == 1) {
-    add_columns_of_groups(*kernels_, layer.fc2.encoding, columns_, active_, first, count, scores);
+  if (job.tokens <= kFewTokens) {
+    for (size_t t = 0; t < job.tokens; t++) {
+      const Column* columns = columns_ + t * layer.rank;
+      add_columns_of_groups(*kernels_, layer.fc2.encoding, columns, column_counts_[t], first, count, scores + t * room);
+    }
   } else {
     const ColumnList list{layer.fc2.rows_from(job.expert_index * layer.rank), units_, active_, factors_, batch};
     add_columns(*kernels_, layer.fc2.encoding, list, first, job.tokens, scores, kGroup);

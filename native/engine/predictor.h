@@ -7,6 +7,7 @@
  * fc2 is kept as one vector over neurons for each hidden unit, so that units that are 0 after ReLU are not read, and a rank
  * need not be a multiple of a group.
  */
+#include <array>
 #include <vector>
 
 #include "native/base/memory.h"
@@ -45,14 +46,14 @@ class Predictor {
    */
   void begin(const ExpertJob& job, bool rough = false);
   /**
-   * Groups that `score` takes at once for one token. A hidden unit's weights of one group are 144 bytes (q4), of four 576 in
-   * a row: memory gives those a fourth faster.
+   * Groups that `score` takes at once for up to kFewTokens tokens. A hidden unit's weights of one group are 144 bytes (q4),
+   * of four 576 in a row: memory gives those a fourth faster.
    */
   static constexpr size_t kMostGroups = 4;
   /**
    * Scores of the neurons of groups [first, first + count) for every token of the job: token t's begin at result + t * count
-   * * kGroup. Of several tokens one group at a time. They are the thread's until it asks for the next. Any thread of the
-   * pool.
+   * * kGroup. Of more than kFewTokens tokens one group at a time. They are the thread's until it asks for the next. Any
+   * thread of the pool.
    */
   const float* score(const ExpertJob& job, size_t first, size_t count, size_t thread);
   /** The least score with which a neuron is computed. */
@@ -98,14 +99,15 @@ class Predictor {
   ThreadPool* pool_ = nullptr;
   TensorFile file_;
   std::vector<Layer> layers_;
-  std::vector<float> sizes_;     // (layer, expert, unit): about how large the numbers of a column of fc2 are
-  float* hidden_ = nullptr;      // (batch, most rank): fc1 . x
-  float* factors_ = nullptr;     // (most rank, batch): the same after ReLU, several tokens; strengths of one
-  uint32_t* units_ = nullptr;    // (most rank): hidden units that are not 0 for every token
-  Column* columns_ = nullptr;    // (most rank): of fc2, one token
+  std::vector<float> sizes_;   // (layer, expert, unit): about how large the numbers of a column of fc2 are
+  float* hidden_ = nullptr;    // (batch, most rank): fc1 . x
+  float* factors_ = nullptr;   // (most rank, batch): the same after ReLU, many tokens; strengths of one
+  uint32_t* units_ = nullptr;  // (most rank): hidden units that are not 0 for every token
+  Column* columns_ = nullptr;  // (token, rank): of fc2, for the units of each of few tokens
+  std::array<size_t, kFewTokens> column_counts_{};
   float* scores_ = nullptr;      // (thread, scores_room_)
   ThreadTime* times_ = nullptr;  // (thread)
-  size_t scores_room_ = 0;       // floats: (batch, kGroup) or (kMostGroups, kGroup)
+  size_t scores_room_ = 0;       // floats: (batch, kGroup) or (few tokens, kMostGroups, kGroup)
   size_t active_ = 0;            // units of the present job
   PredictorCounters counters_;
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "native/engine/neurons.h"
+
 namespace pi2 {
 
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, size_t count, const Activations& x,
@@ -18,8 +20,6 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, size_t first, s
 
 namespace {
 
-/** Of so many tokens memory is the limit; of more, arithmetic. */
-constexpr size_t kFewTokens = 8;
 /** Rows of a block that few tokens multiply together, and how far ahead of them rows are fetched. */
 constexpr size_t kBlockRows = 4;
 constexpr size_t kRowsAhead = 8;

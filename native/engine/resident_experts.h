@@ -19,8 +19,6 @@ class ResidentExperts : public Experts {
   Status run(const ExpertJob& job) override;
 
  private:
-  /** Most tokens of a job whose rows are looked at one by one; of more, nearly every row is wanted by one of them. */
-  static constexpr size_t kFewTokens = 8;
   /** Room of a list: a chunk, and neurons that share a byte of fired bits with its first. */
   static constexpr size_t kListRoom = kNeuronChunk + 7;
   /** What a list of neurons came to: firings of all tokens; rows and columns that were read for any. */

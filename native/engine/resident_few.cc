@@ -34,10 +34,11 @@ size_t ResidentExperts::choose_for_any(const ExpertJob& job) {
   const size_t groups = group_count(config_->neuron_count);
   const size_t first_group = job.first_neuron / kGroup;
   std::memset(fired_, 0, chunks() * sizeof(uint32_t));
-  pool_->run(groups - first_group, [&](size_t task, size_t thread) {
-    const size_t group = first_group + task;
-    const float* scores = predictor_->score(job, group, 1, thread);
-    const size_t end = std::min((group + 1) * kChunksPerGroup, chunks());
+  pool_->run((groups - first_group + Predictor::kMostGroups - 1) / Predictor::kMostGroups, [&](size_t block, size_t thread) {
+    const size_t group = first_group + block * Predictor::kMostGroups;
+    const size_t together = std::min(Predictor::kMostGroups, groups - group);
+    const float* scores = predictor_->score(job, group, together, thread);
+    const size_t end = std::min((group + together) * kChunksPerGroup, chunks());
     for (size_t chunk = group * kChunksPerGroup; chunk < end; chunk++, scores += kNeuronChunk) {
       if (chunk < job.first_chunk()) continue;
       const size_t first = chunk * kNeuronChunk;
@@ -46,7 +47,7 @@ size_t ResidentExperts::choose_for_any(const ExpertJob& job) {
       for (size_t t = 0; t < job.tokens; t++) {
         for (size_t j = 0; j < count; j++) {
           const float threshold = predictor_->threshold(job.layer_index, first + j, true);
-          const bool reaches = Predictor::reaches(scores[t * kGroup + j], threshold);
+          const bool reaches = Predictor::reaches(scores[t * together * kGroup + j], threshold);
           wanted[j] = static_cast<uint8_t>(wanted[j] | reaches << t);
         }
       }

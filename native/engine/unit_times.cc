@@ -172,7 +172,7 @@ class Measurement {
     const size_t layer = bank / config_.expert_count;
     const ExpertJob job{layer, bank % config_.expert_count, layers_[layer], x_, &x_, tokens, nullptr, nullptr, 0, {}, 0};
     predictor_->begin(job);
-    const size_t together = tokens == 1 ? Predictor::kMostGroups : 1;
+    const size_t together = tokens <= kFewTokens ? Predictor::kMostGroups : 1;
     const size_t groups = group_count(config_.neuron_count);
     pool_.run((groups + together - 1) / together, [&](size_t block, size_t thread) {
       const size_t group = block * together;
