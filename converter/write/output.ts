@@ -166,8 +166,8 @@ export class OutputFile {
   static async open(path: string): Promise<OutputFile> {
     try {
       await (await open(path, 'a')).close();
-      const direct = await open(path, constants.O_WRONLY | constants.O_DIRECT).catch(() => null);
-      return new OutputFile(await open(path, 'r+'), path, direct);
+      const handle = await open(path, 'r+');
+      return new OutputFile(handle, path, await open(path, constants.O_WRONLY | constants.O_DIRECT).catch(() => null));
     } catch (error) {
       throw fileError(error, 'open', path);
     }
