@@ -417,6 +417,8 @@ export interface NativeAddon {
    * tell: it does for files that the process owns or may write. A missing file is `NATIVE_IO`.
    */
   pageCacheBytes(path: string): Promise<number | null>;
+  /** Zeroed memory that begins on a page, as reads and writes past the page cache want it; on huge pages where it is large. */
+  allocatePages(bytes: number): ArrayBuffer;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps of the first GiB. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
   /** Bytes a second that reads of a file bring past the page cache, `lanes` at once; `how` says how they were really made. */
