@@ -63,7 +63,7 @@ struct ExpertJob {
 class Experts {
  public:
   virtual ~Experts() = default;
-  /** Before somebody else reads neurons of a job where `hot_rows` says that they are: they are there. Fails only on I/O. */
+  /** What the job's bank keeps in memory is there: for others that read it (hybrid_experts.h). Fails only on I/O. */
   virtual Status prepare(const ExpertJob&) { return Status::ok(); }
   /** Fails only on I/O; then the job's output is not to be used. */
   virtual Status run(const ExpertJob& job) = 0;
