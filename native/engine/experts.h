@@ -63,6 +63,8 @@ struct ExpertJob {
 class Experts {
  public:
   virtual ~Experts() = default;
+  /** What the job's bank keeps in memory is there: for others that read it (hybrid_experts.h). Fails only on I/O. */
+  virtual Status prepare(const ExpertJob&) { return Status::ok(); }
   /** Fails only on I/O; then the job's output is not to be used. */
   virtual Status run(const ExpertJob& job) = 0;
   const FfnCounters& counters() const { return counters_; }

@@ -22,7 +22,8 @@ Status HybridExperts::run(const ExpertJob& job) {
   const GraphShape shape = is_used_ ? scheduled_shape(schedule_, job.tokens) : GraphShape{};
   if (shape.clusters == 0) return cpu_->run(job);
   const uint64_t start = trace_now();
-  Status status = begin(job, shape);
+  Status status = cpu_->prepare(job);
+  if (status.is_ok()) status = begin(job, shape);
   if (!status.is_ok()) return status;
   const size_t threads = pool_->threads();
   const bool takes_turns = config_->unit.threads >= threads;

@@ -45,7 +45,6 @@ Status StreamedExperts::open(const EngineConfig& config, const Weights& weights,
   if (status.is_ok()) status = check_plans(config);
   if (status.is_ok()) status = experts->find_checksums(weights);
   if (status.is_ok()) status = experts->allocate();
-  if (status.is_ok()) status = experts->load();
   if (status.is_ok()) {
     status = open_reader(config.neurons_path, config.stream.mode, config.stream.backend, config.stream.lanes,
                          config.stream.trial, &experts->reader_);
@@ -130,9 +129,9 @@ Status StreamedExperts::check_plans(const EngineConfig& config) {
 }
 
 Status StreamedExperts::find_checksums(const Weights& weights) {
-  const std::vector<size_t>& offsets = config_->stream.checksum_offsets;
-  if (!offsets.empty() && offsets.size() != config_->expert_offsets.size()) {
-    return Status::argument("checksumOffsets must have one entry a layer and expert");
+  const std::vector<size_t>& offsets = config_->checksum_offsets;
+  if (offsets.size() != config_->expert_offsets.size()) {
+    return Status::argument("checksums must have one offset a layer and expert");
   }
   for (const size_t offset : offsets) {
     const uint8_t* sums = weights.resident().at(offset, config_->neuron_count * 2 * sizeof(uint32_t));
@@ -159,20 +158,8 @@ Status StreamedExperts::allocate() {
   ahead_bytes_ = config.stream.prefetch_bytes / 4;
   thread_counters_ = std::make_unique<ThreadCounters[]>(config.threads);
   progress_ = std::make_unique<Progress[]>(kParts);
+  filled_.resize(config.stream.banks.size());
   return status;
-}
-
-/** Gates, hot neurons and those that slots begin with come in with one sequential pass over the file, which also compares
- * every checksum. */
-Status StreamedExperts::load() {
-  return load_bundles(*config_, [&](size_t bank, size_t neuron, const uint8_t* part1, const uint8_t* part2) {
-    if (uint8_t* gate = cache_.part1(bank, neuron)) std::memcpy(gate, part1, config_->layout.part1_bytes);
-    uint8_t* rows = cache_.first_rows(bank, neuron);
-    if (rows == nullptr) return;
-    uint8_t* const whole[3] = {rows, rows + row_bytes_, rows + 2 * row_bytes_};
-    uint8_t* const without_gate[3] = {nullptr, rows, rows + row_bytes_};
-    unpack_bundle(*config_, part1, part2, keeps_gates(*config_) ? whole : without_gate);
-  });
 }
 
 /**
@@ -214,7 +201,11 @@ bool StreamedExperts::are_two_phases_faster() {
 }
 
 Status StreamedExperts::run(const ExpertJob& job) {
-  const size_t bank = job.layer_index * config_->expert_count + job.expert_index;
+  const size_t bank = bank_of(job);
+  if (!passes_through(job)) {
+    Status filled = fill(bank);
+    if (!filled.is_ok()) return filled;
+  }
   counters_.neurons_seen += (config_->neuron_count - job.first_neuron) * job.tokens;
   const bool could_ask = std::exchange(could_ask_, false);
   const uint64_t stall_before = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns;
@@ -226,12 +217,9 @@ Status StreamedExperts::run(const ExpertJob& job) {
   tune_ahead();
   FirstFailure failure;
   failure_ = &failure;
-  const size_t half = half_bytes(*config_);
   Round rounds[2];
   const auto plan = [&](size_t i, size_t first_chunk) {
-    rounds[i] = {};
-    rounds[i].first_phase.reads = requests_.get() + i * half_requests_;
-    rounds[i].first_phase.staging = staging_.data() + i * half;
+    rounds[i] = round_in(i);
     return plan_round(bank, first_chunk, &rounds[i]);
   };
   // What was begun while the bank before was computed is of the first round, in whose half it lies.
@@ -256,11 +244,22 @@ Status StreamedExperts::run(const ExpertJob& job) {
   }
   failure_ = nullptr;
   if (ahead_bank_ == bank || failure.any()) end_ahead();
-  if (!failure.any()) add_parts(job);
+  if (!failure.any()) {
+    add_parts(job);
+    filled_[bank] = 1;
+  }
   collect_counters(job);
   const uint64_t stall = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns - stall_before;
   if (could_ask) judge_asking(static_cast<double>(stall) * 1e-9);
   return failure.take();
+}
+
+/** A round that reads into one of the halves. */
+StreamedExperts::Round StreamedExperts::round_in(size_t half) const {
+  Round round;
+  round.first_phase.reads = requests_.get() + half * half_requests_;
+  round.first_phase.staging = staging_.data() + half * half_bytes(*config_);
+  return round;
 }
 
 HotRows StreamedExperts::hot_rows(size_t bank) const {

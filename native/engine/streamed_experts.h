@@ -17,7 +17,7 @@
  * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
  * of the round (paper section 1.7). The files streamed_find.cc,
  * streamed_plan.cc and streamed_stages.cc hold them; streamed_ahead.cc and streamed_prefetch.cc begin reads before their
- * job.
+ * job. Opening reads no neurons: those that are kept come in with the first job of their bank (streamed_fill.cc).
  *
  * A whole chunk without gates in memory is read in sequence, the next layer's first ones while this layer is still computed.
  * A batch of tokens goes the same way with more entries.
@@ -64,21 +64,24 @@ struct StreamCounters {
 
 class StreamedExperts : public Experts {
  public:
-  /** Loads what stays in memory, opens the reader, allocates everything. `predictor` may be null. */
+  /** Opens the reader and allocates everything; reads no neurons. `predictor` may be null. */
   static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                      Predictor* predictor, const SumOrder& order, std::unique_ptr<StreamedExperts>* experts);
   /** Whether the configuration's plan fits the model. */
   static Status check_plans(const EngineConfig& config);
   ~StreamedExperts() override;
 
+  Status prepare(const ExpertJob& job) override { return fill(bank_of(job)); }
   Status run(const ExpertJob& job) override;
+  /** Reads what is kept of every bank. Between jobs. */
+  Status fill_all();
   /**
    * Begins reads of neurons that the next job of this bank will probably want: `job` has the inputs of the predictor as they
    * are before attention. Changes what is waited for, never a result.
    */
   void prefetch(const ExpertJob& job);
 
-  /** Where the rows of a bank's hot neurons are; without their bias. */
+  /** Where the rows of a bank's hot neurons are once it is filled; without their bias. */
   HotRows hot_rows(size_t bank) const;
 
   /**
@@ -104,6 +107,12 @@ class StreamedExperts : public Experts {
   enum class ChunkKind : uint8_t { kGates, kPredicted, kWhole };
   /** Where an entry is: in memory; on its way; on flash, but its gate did not fire. */
   enum EntryState : uint8_t { kResident, kMissing, kDropped };
+  /** Where the rows of a neuron are kept; the gate is null where gates are kept elsewhere, or not. */
+  struct KeptRows {
+    uint8_t* gate;
+    uint8_t* up;
+    uint8_t* down;
+  };
   /** Reads that are submitted together, and the memory they go to, one behind another. */
   struct ReadList {
     ReadRequest* reads = nullptr;
@@ -147,17 +156,19 @@ class StreamedExperts : public Experts {
                   const SumOrder& order)
       : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {}
   Status allocate();
-  Status load();
   bool are_two_phases_faster();
   Status find_checksums(const Weights& weights);
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
+  Status fill(size_t bank);
+  void find_kept(size_t bank, size_t chunk);
   void find(const ExpertJob& job, size_t bank);
   void find_open(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
   void find_chosen(const ExpertJob& job, size_t bank, size_t chunk, const float* scores, size_t thread);
   void find_all(size_t bank, size_t chunk, size_t thread);
   void add_entry(size_t bank, size_t neuron, size_t entry, size_t thread);
 
+  Round round_in(size_t half) const;
   bool plan_round(size_t bank, size_t first_chunk, Round* round);
   void plan_chunk(size_t bank, size_t chunk, Round* round);
   void plan_rows(size_t bank, size_t entry, ReadList* list, size_t first_read);
@@ -190,7 +201,7 @@ class StreamedExperts : public Experts {
   void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
   bool land_gates(size_t bank, size_t chunk, size_t thread);
   bool land_rows(size_t bank, size_t chunk, size_t thread);
-  void unpack_rows(size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down);
+  void unpack_rows(size_t entry, const KeptRows& to);
   size_t activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
   void activate_batch(const ExpertJob& job, size_t chunk, size_t thread);
   void add_part(const ExpertJob& job, size_t part, size_t thread);
@@ -202,6 +213,10 @@ class StreamedExperts : public Experts {
   void collect_counters(const ExpertJob& job);
 
   size_t chunks() const { return chunk_total(config_->neuron_count); }
+  size_t bank_of(const ExpertJob& job) const { return job.layer_index * config_->expert_count + job.expert_index; }
+  bool is_filled(size_t bank) const { return filled_[bank] != 0; }
+  /** Whether a job takes every neuron of a bank that is not filled, and so fills it. */
+  bool passes_through(const ExpertJob& job) const { return job.predictor_x == nullptr && job.first_neuron == 0; }
   /** Bytes that a missing entry of the chunk asks flash for, if it fires. */
   size_t missing_bytes(size_t chunk) const {
     return config_->layout.part2_bytes + (kinds_[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
@@ -213,6 +228,11 @@ class StreamedExperts : public Experts {
     return static_cast<EntryState>(std::atomic_ref(state_[entry]).load(std::memory_order_relaxed));
   }
   void set_state(size_t entry, EntryState state) { std::atomic_ref(state_[entry]).store(state, std::memory_order_relaxed); }
+  /** Rows of hot neurons and of slots lie alike. */
+  KeptRows slot_rows(uint8_t* slot) const {
+    uint8_t* up = slot + (keeps_gates(*config_) ? row_bytes_ : 0);
+    return {keeps_gates(*config_) ? slot : nullptr, up, up + (config_->gated ? row_bytes_ : 0)};
+  }
   /** One behind the last entry of a chunk. */
   size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count_[chunk]; }
   size_t mask_words() const { return (config_->batch_size + 63) / 64; }
@@ -226,7 +246,8 @@ class StreamedExperts : public Experts {
   NeuronCache cache_;
   HugeMemory staging_;
   HugeMemory scratch_;
-  std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron; empty if reads are not compared
+  std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron
+  std::vector<uint8_t> filled_;              // (bank): whether the neurons that it keeps from the start are in memory
   std::unique_ptr<ReadRequest[]> requests_;  // two halves, then those ahead
   size_t half_requests_ = 0;
   size_t row_bytes_ = 0;

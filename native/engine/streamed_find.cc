@@ -29,7 +29,7 @@ void StreamedExperts::find(const ExpertJob& job, size_t bank) {
   }
   pool_->run(chunks() - job.first_chunk(), [&](size_t task, size_t thread) {
     const size_t chunk = job.first_chunk() + task;
-    const bool has_gates = chunk * kNeuronChunk < cache_.plan(bank).resident_gates;
+    const bool has_gates = is_filled(bank) && chunk * kNeuronChunk < cache_.plan(bank).resident_gates;
     kinds_[chunk] = has_gates ? ChunkKind::kGates : ChunkKind::kWhole;
     if (has_gates) {
       find_open(job, bank, chunk, thread);
@@ -44,7 +44,7 @@ void StreamedExperts::add_entry(size_t bank, size_t neuron, size_t entry, size_t
   const bool with_gate = keeps_gates(*config_);
   const uint8_t* gate = cache_.part1(bank, neuron);
   // Rows without a gate in memory are of no use: the chunk is read whole.
-  const uint8_t* kept = with_gate || gate != nullptr ? cache_.rows(bank, neuron) : nullptr;
+  const uint8_t* kept = is_filled(bank) && (with_gate || gate != nullptr) ? cache_.rows(bank, neuron) : nullptr;
   open_[entry] = static_cast<uint32_t>(neuron);
   slot_[entry] = NeuronCache::kNoSlot;
   state_[entry] = kept != nullptr ? kResident : kMissing;

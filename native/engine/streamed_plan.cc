@@ -184,13 +184,12 @@ void StreamedExperts::settle_round(size_t bank, const Round& round, bool failed)
 
 /** Of a chunk that was read whole, neurons that fired fill slots that nobody has used yet: a prompt warms the cache. */
 void StreamedExperts::keep_fired(size_t bank, size_t chunk) {
-  if (!keeps_gates(*config_)) return;
   for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk) && cache_.has_free_slot(bank); entry++) {
-    if (state_[entry] != kMissing) continue;
+    const bool is_of_use = keeps_gates(*config_) || cache_.part1(bank, open_[entry]) != nullptr;
+    if (!is_of_use || state_[entry] != kMissing || cache_.rows(bank, open_[entry]) != nullptr) continue;
     cache_.touch(bank, open_[entry]);
     slot_[entry] = cache_.admit(bank, open_[entry]);
-    uint8_t* slot = cache_.slot(bank, slot_[entry]);
-    unpack_rows(entry, slot, slot + row_bytes_, slot + (config_->gated ? 2 : 1) * row_bytes_);
+    unpack_rows(entry, slot_rows(cache_.slot(bank, slot_[entry])));
   }
 }
 
