@@ -56,7 +56,8 @@ struct StreamCounters {
   uint64_t used_bytes = 0;
   /** Rows that were not read since the gate, read before them, did not fire. */
   uint64_t spared_bytes = 0;
-  /** Time that computing threads waited for reads of gates, and of rows, summed over threads. */
+  /** Time that computing threads waited for reads of gates (and for room to submit more), and of rows, summed over threads.
+   */
   uint64_t gate_stall_ns = 0;
   uint64_t row_stall_ns = 0;
   /** Neurons read ahead, and those of them that were wanted. */
@@ -214,7 +215,7 @@ class StreamedExperts : public Experts {
   void submit_rows(Found& found, size_t chunk, size_t thread);
   void settle_round(Found& found, const Round& round, bool failed);
   void keep_fired(Found& found, size_t chunk);
-  void submit(const ReadList& list);
+  uint64_t submit(const ReadList& list);
   void trace_reads(const ReadList& list);
   void trace_counters();
 

@@ -59,7 +59,8 @@ bool StreamedExperts::plan_round(Found& found, size_t first_chunk, size_t half) 
     round->planned_reads = is_predicted ? round->planned_reads + reads : begun_reads + list.count;
   }
   round->end_chunk = chunk;
-  submit(list);
+  // No region runs: while this thread waits, all do.
+  stream_counters_.gate_stall_ns += submit(list) * pool_->threads();
   stream_counters_.reads += list.count;
   stream_counters_.read_bytes += list.staged_bytes;
   return chunk < chunks();
@@ -175,7 +176,7 @@ void StreamedExperts::submit_rows(Found& found, size_t chunk, size_t thread) {
     counters.asked_bytes += config_->layout.part2_bytes;
     plan_rows(found, entry, &list, 0);
   }
-  submit(list);
+  counters.row_stall_ns += submit(list);
   counters.reads += list.count;
   counters.read_bytes += list.staged_bytes;
 }

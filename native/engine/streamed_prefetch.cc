@@ -108,7 +108,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
     ahead_neurons_[ahead_count_++] = static_cast<uint32_t>(neuron);
   }
   if (ahead_.count == 0) return;
-  submit(ahead_);
+  stream_counters_.row_stall_ns += submit(ahead_) * pool_->threads();
   stream_counters_.reads += ahead_.count;
   stream_counters_.read_bytes += ahead_.staged_bytes;
   stream_counters_.asked_bytes += ahead_count_ * (layout.part1_bytes + layout.part2_bytes);
