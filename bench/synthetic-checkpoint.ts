@@ -123,6 +123,10 @@ export class SyntheticCheckpoint implements TensorSource {
     this.#fill(this.#tensors.get(name) as SyntheticTensor, byteOffset / BYTES_PER_NUMBER, numbers);
   }
 
+  place(): null {
+    return null;
+  }
+
   predictors(): SourcePredictor[][] | null {
     return findPredictors(this.model.hyperparameters, this.#located);
   }

@@ -293,6 +293,10 @@ class QuantizedSource implements TensorSource {
     target.set((this.#done.get(tensor.name) as Uint8Array).subarray(byteOffset, byteOffset + target.length));
   }
 
+  place() {
+    return null;
+  }
+
   predictors() {
     return null;
   }

@@ -29,7 +29,9 @@ import { checkUnchanged, type SourceState } from './sources.js';
 import { conversionOrder, type Plan, planExtents } from './steps/extents.js';
 import { divideMemory } from './steps/memory.js';
 import { cutPieces, encodedBytes, type Piece } from './steps/pieces.js';
+import { inReadingOrder, readingOrder } from './steps/reading-order.js';
 import { runPieces, targetBuffers, type Workshop } from './steps/run-pieces.js';
+import { SourceHashes } from './steps/source-hashes.js';
 import { Journal, type JournalHeader, type Progress } from './write/journal.js';
 import { Lock } from './write/lock.js';
 import { CONVERTER, makeManifest } from './write/manifest.js';
@@ -176,31 +178,36 @@ async function convertCheckpoint(
       [NEURONS_FILE]: await OutputFile.open(output.partial(NEURONS_FILE)),
     };
     try {
-      const pieces = conversionOrder(plan).flatMap((extent) =>
-        cutPieces(extent, progress.pieces.get(extent.name)?.done ?? 0, limits),
-      );
-      const targets = targetBuffers(pieces, leastBytes);
+      const pieces = readingOrder(plan, checkpoint)
+        .flatMap((extent) => cutPieces(extent, progress.pieces.get(extent.name)?.done ?? 0, limits))
+        .map((piece) => inReadingOrder(piece, checkpoint));
+      const addon = loadAddon();
+      const targets = targetBuffers(addon, pieces, leastBytes);
+      const hashes = new SourceHashes({ addon, checkpoint, states, progress, journal });
       const meter = new Meter(plan, pieces, onEvent);
       if (resumed) onEvent({ type: 'note', text: `continuing: ${meter.percent} % were converted before` });
       await together(signal, [
-        (stop) =>
-          runPieces(pieces, {
-            addon: loadAddon(),
+        async (stop) => {
+          await runPieces(pieces, {
+            addon,
             checkpoint,
             files,
+            hashes,
             targets,
             journal,
             progress,
             threads: availableParallelism(),
             signal: stop,
             onLoad: (piece, bytes) => meter.count(piece, bytes),
-          }).then(() => meter.step('hashing the sources')),
-        (stop) => hashSources(checkpoint, states, progress, journal, heat, stop),
+          });
+          meter.step('hashing the sources');
+          await finishHashes(hashes, checkpoint, states, heat, stop);
+        },
       ]);
       convertedBytes = meter.convertedBytes;
       if (options.npu) {
         meter.step('making weights and graphs for a dense unit');
-        const shop = { addon: loadAddon(), files, targets, journal, progress, threads: availableParallelism() };
+        const shop = { addon, files, targets, journal, progress, threads: availableParallelism() };
         await together(signal, [
           async (stop) => {
             npu = await makeNpu(plan, model.hyperparameters, output, { ...shop, signal: stop });
@@ -338,33 +345,25 @@ async function holdsWhatIsRecorded(output: Output, plan: Plan, progress: Progres
 }
 
 /**
- * Hashes what the journal has no hash of, the weights first: once they are known it is known whether the profile is theirs.
- * Throws `E_PROFILE` if it is not.
+ * Hashes what conversion has left, the weights first: once they are known it is known whether the profile is theirs. Throws
+ * `E_PROFILE` if it is not.
  */
-async function hashSources(
-  checkpoint: TensorSource,
+async function finishHashes(
+  hashes: SourceHashes,
+  { directory, model }: TensorSource,
   states: SourceState[],
-  progress: Progress,
-  journal: Journal,
   heat: Heat | null,
   signal: AbortSignal,
 ): Promise<void> {
-  const { directory, model } = checkpoint;
-  const hash = async (state: SourceState) => {
-    const known = progress.hashes.get(state.file);
-    if (known) return { file: state.file, sha256: known };
-    const sha256 = await checkpoint.hash(state, signal);
-    await journal.record({ source: state.file, sha256 });
-    progress.hashes.set(state.file, sha256);
-    return { file: state.file, sha256 };
-  };
   const weights: { file: string; sha256: string }[] = [];
-  for (const state of states) if (isWeightFile(state.file)) weights.push(await hash(state));
+  for (const state of states) {
+    if (isWeightFile(state.file)) weights.push({ file: state.file, sha256: await hashes.finish(state, signal) });
+  }
   if (heat) {
     const digest = checkpointDigest(model.hyperparameters, weights);
     requireCheckpoint(heat.profile, digest, heat.path, directory);
   }
-  for (const state of states) await hash(state);
+  for (const state of states) await hashes.finish(state, signal);
 }
 
 /** Runs tasks until all are done or one fails, which stops the others; returns when none runs any more. */

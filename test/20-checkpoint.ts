@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process';
 import {
   mkdirSync,
   readdirSync,
@@ -15,7 +16,9 @@ import { Checkpoint } from '../converter/checkpoint/checkpoint.js';
 import { Config } from '../converter/checkpoint/config.js';
 import { readHyperparameters } from '../converter/checkpoint/families.js';
 import { HEADER_BYTES_MOST, parseHeader } from '../converter/checkpoint/safetensors.js';
+import { ROOM_SPARE_BYTES, SourceFile } from '../converter/checkpoint/source-file.js';
 import { type ErrorCode, Pi2Error } from '../src/base/error.js';
+import { loadAddon } from '../src/engine/addon.js';
 import { FAMILIES, type Family, type Hyperparameters } from '../src/format/hyperparameters.js';
 import { type CheckpointOptions, makeCheckpoint } from './support/make-checkpoint.js';
 import { decode, encode, fromBrain, fromHalf, toBrain, toHalf } from './support/numbers.js';
@@ -763,3 +766,38 @@ for (const name of SHARED_MODEL_NAMES) {
     t.ok(checkpoint.textFiles.includes('tokenizer.json'));
   });
 }
+
+t.test('a weight file reads alike through the page cache and past it, from any byte to any other', async (t) => {
+  const addon = loadAddon();
+  const directory = t.testdir();
+  for (const bytes of [3 * 1024 * 1024 + 1234, 4096, 77]) {
+    const path = join(directory, String(bytes));
+    const content = Buffer.from(Array.from({ length: bytes }, (_, i) => (i * i) >> 5));
+    writeFileSync(path, content);
+    for (const isCached of [true, false]) {
+      if (!isCached) spawnSync('dd', [`of=${path}`, 'oflag=nocache', 'conv=notrunc,fdatasync', 'count=0']);
+      const isDropped = (await addon.pageCacheBytes(path)) === 0;
+      const file = await SourceFile.open(directory, String(bytes));
+      const room = new Uint8Array(addon.allocatePages(bytes + ROOM_SPARE_BYTES));
+      for (const [begin, end] of [
+        [0, bytes],
+        [1, bytes - 1],
+        [bytes - 60, bytes],
+        [4095, 4097],
+        [8192, 12288],
+      ]) {
+        if (end > bytes) continue;
+        const got = await file.readPages(begin, end - begin, room);
+        t.ok(content.subarray(begin, end).equals(got), `${begin} to ${end} of ${bytes}, cached: ${isCached}`);
+      }
+      await t.rejects(file.readPages(bytes - 50, 51, room), {
+        code: 'E_IO',
+        message: new RegExp(`${path}.*1 bytes too early`),
+      });
+      await file.close();
+      const cached = (await addon.pageCacheBytes(path)) ?? 0;
+      if (isDropped && bytes > 4096) t.ok(cached < bytes / 4, `${cached} bytes of ${bytes} came into the page cache`);
+    }
+  }
+  for (const wrong of [0, -1, Number.NaN, 2 ** 60, '4096']) t.throws(() => addon.allocatePages(wrong as number));
+});

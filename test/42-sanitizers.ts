@@ -107,7 +107,7 @@ async function writeRequest(options: CheckpointOptions, quantization: Quantizati
   const addon = loadAddon();
   const lines: string[] = [];
   const openEngine = (request: EngineRequest) => {
-    const { extents, tensors, layout, threads: _, kernelSet: __, ...fields } = request;
+    const { extents, tensors, layout, checksums: _, threads: __, kernelSet: ___, ...fields } = request;
     for (const extent of extents) lines.push(`extent ${Object.values(extent).join(' ')}`);
     for (const tensor of tensors) lines.push(`tensor ${Object.values(tensor).join(' ')}`);
     lines.push(`layout ${Object.values(layout).join(' ')}`);

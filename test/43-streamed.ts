@@ -41,8 +41,14 @@ const rethrow: OnFault = (error) => {
   throw error;
 };
 
-/** All logits of a prompt, then of `count` greedy tokens, and the tokens. */
-async function trace(engine: NativeEngine, vocab: number, count: number, onFault = rethrow): Promise<Float32Array[]> {
+/** All logits of a prompt, its first tokens in a step of their own, then of `count` greedy tokens. */
+async function trace(
+  engine: NativeEngine,
+  vocab: number,
+  count: number,
+  onFault = rethrow,
+  first = 0,
+): Promise<Float32Array[]> {
   const rows: Float32Array[] = [];
   const step = async (tokens: Int32Array, position: number, all: boolean) => {
     const logits = new Float32Array(vocab * (all ? tokens.length : 1));
@@ -58,7 +64,9 @@ async function trace(engine: NativeEngine, vocab: number, count: number, onFault
     return likeliest(logits.subarray(logits.length - vocab));
   };
   const prompt = Int32Array.from({ length: 20 }, (_, i) => (i * 37 + 5) % vocab);
-  let token = await step(prompt, 0, true);
+  if (first > 0) await step(prompt.subarray(0, first), 0, true);
+  let token = await step(prompt.subarray(first), first, true);
+  if (first > 0) rows.splice(0, 2, Float32Array.of(...rows[0], ...rows[1]));
   for (let i = 0; i < count; i++) token = await step(Int32Array.of(token), prompt.length + i, false);
   return rows;
 }
@@ -68,10 +76,15 @@ function sameBits(a: readonly Float32Array[], b: readonly Float32Array[]): boole
 }
 
 /** Opens a request, traces it, closes it. */
-async function traceRequest(request: EngineRequest, count: number, onFault = rethrow): Promise<Float32Array[]> {
+async function traceRequest(
+  request: EngineRequest,
+  count: number,
+  onFault = rethrow,
+  first = 0,
+): Promise<Float32Array[]> {
   const engine = await addon.openEngine(request);
   try {
-    return await trace(engine, request.vocabSize, count, onFault);
+    return await trace(engine, request.vocabSize, count, onFault, first);
   } finally {
     await engine.close();
   }
@@ -86,7 +99,7 @@ function streamOf(request: EngineRequest, plan: Partial<StreamRequest>): StreamR
 }
 
 /** Any plan of memory, any way to read. */
-function anyStream(request: EngineRequest, checked: EngineRequest): fc.Arbitrary<Partial<EngineRequest>> {
+function anyStream(request: EngineRequest): fc.Arbitrary<Partial<EngineRequest>> {
   const n = request.neuronCount;
   const gates = fc.oneof(
     fc.constant(n),
@@ -103,18 +116,15 @@ function anyStream(request: EngineRequest, checked: EngineRequest): fc.Arbitrary
       lanes: fc.integer({ min: 1, max: 5 }),
       threads: fc.integer({ min: 1, max: 3 }),
       delayUs: fc.constantFrom(0, 0, 0, 30),
-      verified: fc.boolean(),
     })
-    .map(({ banks, threads, delayUs, verified, ...rest }) => ({
+    .map(({ banks, threads, delayUs, ...rest }) => ({
       threads,
-      ...(verified ? { extents: checked.extents } : {}),
       stream: {
         residentGates: banks.map((b) => b.gates),
         hotNeurons: banks.map((b) => Math.floor(b.hot * b.gates)),
         coldSlots: banks.map((b) => b.cold),
         ...rest,
         trial: { delayUs },
-        ...(verified ? { checksumOffsets: checked.stream?.checksumOffsets } : {}),
       },
     }));
 }
@@ -124,10 +134,10 @@ async function expectIdentity(t: Test, directory: string, count: number, numRuns
   const model = await openModelDirectory(directory);
   const request = await requestOf(model, {});
   t.equal(request.stream, undefined, 'resident when it fits');
-  const checked = await requestOf(model, { loadMode: 'direct', verifyReads: true });
   const expected = await traceRequest(request, count);
-  const property = fc.asyncProperty(anyStream(request, checked), async (changes) => {
-    return sameBits(await traceRequest({ ...request, ...changes }, count), expected);
+  // What is kept comes in with the first steps of an engine: with a whole prompt, one token, or a few.
+  const property = fc.asyncProperty(anyStream(request), fc.constantFrom(0, 1, 3), async (changes, first) => {
+    return sameBits(await traceRequest({ ...request, ...changes }, count, rethrow, first), expected);
   });
   const result = await fc.check(property, { numRuns });
   t.equal(
@@ -196,14 +206,16 @@ t.test('what the planner counts is what the engine takes; the least really opens
     await t.rejects(Engine.open(model, resident), { code: 'E_MEMORY', hint: /leave --load-mode out/ });
   }
   const request = await requestOf(await openModelDirectory(join(scratch, 'model-0/bamboo-q4.pi2')), {});
-  for (const plan of [
-    { coldSlots: [1] },
-    { residentGates: [63, 0] },
-    { hotNeurons: [1, 0] },
-    { checksumOffsets: [0] },
-  ]) {
-    const wrong = { ...request, stream: streamOf(request, plan) };
-    await t.rejects(addon.openEngine(wrong), { code: 'NATIVE_ARGUMENT' }, JSON.stringify(plan));
+  const plans: [Partial<StreamRequest>, Partial<EngineRequest>][] = [
+    [{ coldSlots: [1] }, {}],
+    [{ residentGates: [63, 0] }, {}],
+    [{ hotNeurons: [1, 0] }, {}],
+    [{}, { checksums: { ...request.checksums, offsets: [0] } }],
+    [{}, { checksums: { ...request.checksums, extents: [] } }],
+  ];
+  for (const [plan, changes] of plans) {
+    const wrong = { ...request, ...changes, stream: streamOf(request, plan) };
+    await t.rejects(addon.openEngine(wrong), { code: 'NATIVE_ARGUMENT' }, JSON.stringify([plan, changes]));
   }
 });
 
@@ -245,8 +257,8 @@ t.test('flash that changes while it is read: checksums find it, a shortened file
   for (const name of ['model-0/bamboo-q4.pi2', 'model-1/turbosparsemixtral-q8.pi2']) {
     const directory = copyOf(name, `changing-${name.split('/')[1]}`);
     const model = await openModelDirectory(directory);
-    const request = await requestOf(model, { loadMode: 'direct', verifyReads: true });
-    const expected = await traceRequest(await requestOf(model, {}), 6);
+    const request = await requestOf(model, {});
+    const expected = await traceRequest(request, 6);
     const neurons = join(directory, 'neurons.bin');
     const intact = readFileSync(neurons);
     const { layout } = request;
@@ -271,9 +283,8 @@ t.test('flash that changes while it is read: checksums find it, a shortened file
     for (const mode of ['direct', 'buffered'] as const) {
       for (const [damage, gates, code, words] of damages) {
         const banks = request.expertOffsets.length;
-        const { checksumOffsets } = request.stream as StreamRequest;
         const residentGates = Array(banks).fill(gates);
-        const stream = streamOf(request, { residentGates, mode, ...(checksumOffsets && { checksumOffsets }) });
+        const stream = streamOf(request, { residentGates, mode });
         const engine = await addon.openEngine({ ...request, stream });
         writeFileSync(neurons, damage);
         const faults: unknown[] = [];
@@ -301,7 +312,7 @@ t.test('the command line: budgets are kept, too little is refused', async (t) =>
   const ids = (lines: { type: string; id?: number }[]) => lines.filter((l) => l.type === 'token').map((l) => l.id);
   for (const args of [
     ['--memory', 'min'],
-    ['--memory', 'min', '--load-mode', 'buffered', '--verify-reads'],
+    ['--memory', 'min', '--load-mode', 'buffered'],
     ['--load-mode', 'direct', '--memory', '50%'],
   ]) {
     const { status, stdout, stderr } = await run(...args);
@@ -342,10 +353,9 @@ t.test('the command line: budgets are kept, too little is refused', async (t) =>
 t.test('the command line: flash that fails ends the run with words, and no token after it', async (t) => {
   const { stdout } = await runCli(...longRun(join(scratch, 'model-0/bamboo-q4.pi2')));
   const expected = jsonLines(stdout).map((line) => line.id);
-  const cases: [string[], (file: string) => void, number, RegExp][] = [
-    [[], (file) => truncateSync(file, 4096), 5, /cannot compute: the file ends at byte \d+ of .*neurons.bin/],
+  const cases: [(file: string) => void, number, RegExp][] = [
+    [(file) => truncateSync(file, 4096), 5, /cannot compute: the file ends at byte \d+ of .*neurons.bin/],
     [
-      ['--verify-reads'],
       (file) =>
         writeFileSync(
           file,
@@ -357,9 +367,9 @@ t.test('the command line: flash that fails ends the run with words, and no token
       /cannot compute: layer \d+, neuron \d+ of .*do not match their checksum/,
     ],
   ];
-  for (const [i, [args, damage, status, words]] of cases.entries()) {
+  for (const [i, [damage, status, words]] of cases.entries()) {
     const directory = copyOf('model-0/bamboo-q4.pi2', `failing-${i}.pi2`);
-    const child = startCli([...longRun(directory), '--memory', 'min', '--load-mode', 'direct', ...args]);
+    const child = startCli([...longRun(directory), '--memory', 'min', '--load-mode', 'direct']);
     child.stdout?.once('data', () => damage(join(directory, 'neurons.bin')));
     const finished = await finish(child);
     t.equal(finished.status, status, finished.stderr);

@@ -188,7 +188,6 @@ t.test('the command line: the same tokens, perplexity and logits, and a report t
   const wrong: [string[], RegExp][] = [
     [['--engine', 'mmpa'], /Expected one of pi2, mmap, llmflash.\nhint: did you mean mmap\?/],
     [['--engine', 'mmap', '--load-mode', 'direct'], /--engine mmap cannot have --load-mode direct/],
-    [['--engine', 'mmap', '--verify-reads'], /--engine mmap cannot have --verify-reads/],
   ];
   for (const [args, words] of wrong) t.match(await run(...args), { status: 2, stdout: '', stderr: words });
   const text = join(scratch, 'text.txt');

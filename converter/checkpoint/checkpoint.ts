@@ -1,14 +1,14 @@
-import type { FileHandle } from 'node:fs/promises';
 import { basename, join, resolve } from 'node:path';
 import { Pi2Error } from '../../src/base/error.js';
 import { hashSource, type SourceState, sourceStates } from '../sources.js';
 import { Config } from './config.js';
 import { readHyperparameters } from './families.js';
-import { CONFIG_FILE, findFiles, GENERATION_FILE, openFile, readJsonObject } from './files.js';
+import { CONFIG_FILE, findFiles, GENERATION_FILE, readJsonObject } from './files.js';
 import type { SourceModel, SourceTensor } from './model.js';
 import { findPredictors, type SourcePredictor } from './predictors.js';
-import { quoted, readFully, readHeader } from './safetensors.js';
-import type { TensorSource } from './tensor-source.js';
+import { quoted, readHeader } from './safetensors.js';
+import { SourceFile } from './source-file.js';
+import type { Place, TensorSource } from './tensor-source.js';
 import { findTensors, type LocatedTensor } from './tensors.js';
 
 /** A file of the checkpoint that decides what the model is. */
@@ -33,7 +33,7 @@ export class Checkpoint implements TensorSource {
   /** Tokenizer and generation files that are there, to go with the model. */
   readonly textFiles: readonly string[];
   readonly #tensors: ReadonlyMap<string, LocatedTensor>;
-  readonly #handles: ReadonlyMap<string, FileHandle>;
+  readonly #files: ReadonlyMap<string, SourceFile>;
 
   private constructor(parts: {
     directory: string;
@@ -41,7 +41,7 @@ export class Checkpoint implements TensorSource {
     sources: Source[];
     textFiles: string[];
     tensors: ReadonlyMap<string, LocatedTensor>;
-    handles: ReadonlyMap<string, FileHandle>;
+    opened: ReadonlyMap<string, SourceFile>;
   }) {
     this.directory = parts.directory;
     this.name = basename(resolve(parts.directory));
@@ -49,7 +49,7 @@ export class Checkpoint implements TensorSource {
     this.sources = parts.sources;
     this.textFiles = parts.textFiles;
     this.#tensors = parts.tensors;
-    this.#handles = parts.handles;
+    this.#files = parts.opened;
   }
 
   /**
@@ -64,18 +64,18 @@ export class Checkpoint implements TensorSource {
       new Config(configFile.value, join(directory, CONFIG_FILE)),
       await openGeneration(directory, files.texts),
     );
-    const handles = new Map<string, FileHandle>();
+    const opened = new Map<string, SourceFile>();
     try {
       for (const file of [...(files.index ? [files.index] : []), ...files.weights]) {
-        const handle = await openFile(directory, file);
-        handles.set(file, handle);
-        sources.push({ file, bytes: (await handle.stat()).size });
+        const source = await SourceFile.open(directory, file);
+        opened.set(file, source);
+        sources.push({ file, bytes: (await source.handle.stat()).size });
       }
-      const tensors = await locateTensors(directory, files.weights, handles, files.shardOf);
+      const tensors = await locateTensors(directory, files.weights, opened, files.shardOf);
       const model = findTensors(hyperparameters, tensors);
-      return new Checkpoint({ directory, model, sources, textFiles: files.texts, tensors, handles });
+      return new Checkpoint({ directory, model, sources, textFiles: files.texts, tensors, opened });
     } catch (error) {
-      for (const handle of handles.values()) await handle.close();
+      for (const file of opened.values()) await file.close();
       throw error;
     }
   }
@@ -90,12 +90,17 @@ export class Checkpoint implements TensorSource {
    * short, and a `RangeError` when asked for bytes that the tensor does not have.
    */
   async read(tensor: SourceTensor, byteOffset: number, target: Uint8Array): Promise<void> {
-    const { file, offset, bytes } = this.#locate(tensor);
+    const { bytes } = this.#locate(tensor);
     if (!Number.isSafeInteger(byteOffset) || byteOffset < 0 || byteOffset + target.length > bytes) {
       throw new RangeError(`bytes ${byteOffset} + ${target.length} of ${tensor.name}, which has ${bytes}`);
     }
-    const handle = this.#handles.get(file) as FileHandle;
-    await readFully(handle, target, offset + byteOffset, join(this.directory, file));
+    const { file, offset } = this.place(tensor);
+    await file.read(offset + byteOffset, target);
+  }
+
+  place(tensor: SourceTensor): Place {
+    const { file, offset } = this.#locate(tensor);
+    return { file: this.#files.get(file) as SourceFile, offset };
   }
 
   /** The predictors that it brings, for each layer and expert, or null. Throws `E_TENSOR` if they are not whole. */
@@ -114,7 +119,7 @@ export class Checkpoint implements TensorSource {
   }
 
   async close(): Promise<void> {
-    for (const handle of this.#handles.values()) await handle.close();
+    for (const file of this.#files.values()) await file.close();
   }
 
   #locate(tensor: SourceTensor): LocatedTensor {
@@ -134,12 +139,12 @@ async function openGeneration(directory: string, texts: string[]): Promise<Confi
 async function locateTensors(
   directory: string,
   weights: string[],
-  handles: ReadonlyMap<string, FileHandle>,
+  opened: ReadonlyMap<string, SourceFile>,
   shardOf: Map<string, string> | null,
 ): Promise<Map<string, LocatedTensor>> {
   const tensors = new Map<string, LocatedTensor>();
   for (const file of weights) {
-    for (const tensor of await readHeader(handles.get(file) as FileHandle, join(directory, file))) {
+    for (const tensor of await readHeader((opened.get(file) as SourceFile).handle, join(directory, file))) {
       const other = tensors.get(tensor.name);
       if (other) {
         throw new Pi2Error(

@@ -1,6 +1,13 @@
 import type { SourceState } from '../sources.js';
 import type { SourceModel, SourceTensor } from './model.js';
 import type { SourcePredictor } from './predictors.js';
+import type { SourceFile } from './source-file.js';
+
+/** Where bytes begin. */
+export interface Place {
+  file: SourceFile;
+  offset: number;
+}
 
 /**
  * Where a conversion gets its tensors from: a checkpoint on disk (`Checkpoint`), or anything that answers as one would. It may be
@@ -18,6 +25,8 @@ export interface TensorSource {
   bytes(tensor: SourceTensor): number;
   /** Fills `target` with the tensor's bytes from `byteOffset` on. */
   read(tensor: SourceTensor, byteOffset: number, target: Uint8Array): Promise<void>;
+  /** Where a tensor lies; null if it is in no file. */
+  place(tensor: SourceTensor): Place | null;
   /** The predictors that it brings, for each layer and expert, or null. */
   predictors(): SourcePredictor[][] | null;
   /** Every file that a model is made of, as it is now. */

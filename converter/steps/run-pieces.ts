@@ -1,7 +1,7 @@
 import { Pi2Error } from '../../src/base/error.js';
 import type { BadNumber, EncodeRowsRequest, NativeAddon } from '../../src/engine/contract.js';
 import { nativeLayout } from '../../src/engine/engine-request.js';
-import { roundUpToPage } from '../../src/format/layout.js';
+import { PAGE_BYTES, roundUpToPage } from '../../src/format/layout.js';
 import { type NEURONS_FILE, RESIDENT_FILE } from '../../src/format/manifest.js';
 import type { TensorSource } from '../checkpoint/tensor-source.js';
 import { crc32Text, type Journal, type PieceRecord, type Progress, seedOf } from '../write/journal.js';
@@ -9,6 +9,7 @@ import type { OutputFile } from '../write/output.js';
 import type { NeuronExtent } from './extents.js';
 import { checksumRange, encodedBytes, type Load, type Piece } from './pieces.js';
 import { ReadAhead } from './read-ahead.js';
+import type { SourceHashes } from './source-hashes.js';
 
 /** What the steps of a conversion work with. */
 export interface Workshop {
@@ -18,6 +19,8 @@ export interface Workshop {
   journal: Journal;
   /** Records so far; gets those to come. */
   progress: Progress;
+  /** Hears of all that is read. */
+  hashes: SourceHashes;
   /** Two, as `targetBuffers` makes them. */
   targets: readonly Buffer[];
   threads: number;
@@ -26,30 +29,39 @@ export interface Workshop {
   onLoad: (piece: Piece, bytes: number) => void;
 }
 
-/** Two buffers that each hold any of the pieces, and `leastBytes`. */
-export function targetBuffers(pieces: readonly Piece[], leastBytes: number): Buffer[] {
-  const bytes = Math.max(leastBytes, ...pieces.map((piece) => paddedEnd(piece) - piece.begin));
-  return [Buffer.allocUnsafeSlow(bytes), Buffer.allocUnsafeSlow(bytes)];
+/** Two buffers that each hold any of the pieces, wherever in a page it begins, and `leastBytes`. */
+export function targetBuffers(
+  addon: Pick<NativeAddon, 'allocatePages'>,
+  pieces: readonly Piece[],
+  leastBytes: number,
+): Buffer[] {
+  const sizes = pieces.map((piece) => PAGE_BYTES + paddedEnd(piece) - piece.begin);
+  const bytes = Math.max(PAGE_BYTES, leastBytes, ...sizes);
+  return [0, 1].map(() => Buffer.from(addon.allocatePages(bytes)));
 }
 
 /**
- * Encodes and writes pieces in order. While one load is encoded the next is read, and while a piece is filled the one before
- * is written and synced: two chunks and two pieces are in memory. Stops between loads when the signal says so; what the
+ * Encodes and writes pieces in order. While one load is encoded and hashed the next is read, and while a piece is filled the one
+ * before is written and synced: two chunks and two pieces are in memory. Stops between loads when the signal says so; what the
  * journal has recorded stays good.
  */
 export async function runPieces(pieces: readonly Piece[], shop: Workshop): Promise<void> {
   const reader = new ReadAhead(
+    shop.addon,
     shop.checkpoint,
     pieces.flatMap((piece) => piece.loads),
   );
   let finishing: Promise<void> = Promise.resolve();
   try {
     for (const [p, piece] of pieces.entries()) {
-      const target = shop.targets[p % 2].subarray(0, paddedEnd(piece) - piece.begin);
+      // As far into a page of memory as into one of the file.
+      const skipped = (piece.extent.offset + piece.begin) % PAGE_BYTES;
+      const target = shop.targets[p % 2].subarray(skipped, skipped + paddedEnd(piece) - piece.begin);
       target.fill(0);
       for (const load of piece.loads) {
         shop.signal.throwIfAborted();
-        await encode(load, await reader.next(), target, shop);
+        const chunk = await reader.next();
+        await settled(encode(load, chunk.bytes, target, shop), shop.hashes.take(chunk, shop.signal));
         shop.onLoad(piece, encodedBytes(load));
       }
       await finishing;
@@ -92,7 +104,7 @@ async function finish(piece: Piece, target: Uint8Array, shop: Workshop): Promise
   const [crc, sums] = await settled(
     shop.addon.crc32(target.subarray(0, piece.end - piece.begin), seedOf(before?.crc32)),
     extent.kind === 'neurons' ? writeChecksums(piece, extent, target, seedOf(before?.checksums_crc32), shop) : null,
-    file.write(target, extent.offset + piece.begin).then(() => file.sync()),
+    file.writePages(target, extent.offset + piece.begin).then(() => file.sync()),
   );
   const record: PieceRecord = { extent: extent.name, done: piece.end, crc32: crc32Text(crc) };
   if (sums !== null) record.checksums_crc32 = crc32Text(sums);

@@ -1,7 +1,9 @@
+import { constants } from 'node:fs';
 import { type FileHandle, lstat, mkdir, open, readdir, rename, rm, statfs } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { formatBytes } from '../../src/base/bytes.js';
 import { fileError, Pi2Error } from '../../src/base/error.js';
+import { PAGE_BYTES, roundUpToPage } from '../../src/format/layout.js';
 import { MANIFEST_FILE } from '../../src/format/manifest.js';
 
 export const JOURNAL_FILE = 'journal.jsonl';
@@ -142,10 +144,13 @@ export class Output {
 export class OutputFile {
   readonly #handle: FileHandle;
   readonly #path: string;
+  /** The same file past the page cache; null where the file system has no such thing. */
+  readonly #direct: FileHandle | null;
 
-  private constructor(handle: FileHandle, path: string) {
+  private constructor(handle: FileHandle, path: string, direct: FileHandle | null = null) {
     this.#handle = handle;
     this.#path = path;
+    this.#direct = direct;
   }
 
   /** Makes an empty file, in place of one that may be there. */
@@ -161,7 +166,8 @@ export class OutputFile {
   static async open(path: string): Promise<OutputFile> {
     try {
       await (await open(path, 'a')).close();
-      return new OutputFile(await open(path, 'r+'), path);
+      const handle = await open(path, 'r+');
+      return new OutputFile(handle, path, await open(path, constants.O_WRONLY | constants.O_DIRECT).catch(() => null));
     } catch (error) {
       throw fileError(error, 'open', path);
     }
@@ -190,6 +196,21 @@ export class OutputFile {
     }
   }
 
+  /**
+   * The same for what is not read soon: whole pages past the page cache, which costs neither memory nor copies. `bytes` begin as
+   * far into a page of memory as `offset` lies in one of the file.
+   */
+  async writePages(bytes: Uint8Array, offset: number): Promise<void> {
+    const first = Math.min(roundUpToPage(offset) - offset, bytes.length);
+    const last = Math.max(bytes.length - ((offset + bytes.length) % PAGE_BYTES), first);
+    const pages = bytes.subarray(first, last);
+    const written = this.#direct ? await writeSome(this.#direct, pages, offset + first) : 0;
+    // Whatever was wrong with it, the ordinary way shows whether it is the disk's fault, and says so.
+    if (written < pages.length) return this.write(bytes, offset);
+    await this.write(bytes.subarray(0, first), offset);
+    await this.write(bytes.subarray(last), offset + last);
+  }
+
   /** Fills `bytes` from `offset` on. Throws `E_IO` if the file ends before. */
   async read(bytes: Uint8Array, offset: number): Promise<void> {
     for (let done = 0; done < bytes.length; ) {
@@ -211,8 +232,17 @@ export class OutputFile {
   }
 
   async close(): Promise<void> {
+    await this.#direct?.close();
     await this.#handle.close();
   }
+}
+
+/** Bytes that one write puts there; 0 if it fails. */
+async function writeSome(handle: FileHandle, bytes: Uint8Array, offset: number): Promise<number> {
+  return handle.write(bytes, 0, bytes.length, offset).then(
+    ({ bytesWritten }) => bytesWritten,
+    () => 0,
+  );
 }
 
 /** Writes a small file whole and returns when it is on disk. */

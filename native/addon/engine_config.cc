@@ -29,6 +29,16 @@ void read_tensors(Fields& fields, std::vector<TensorConfig>* tensors) {
   });
 }
 
+void read_checksums(Fields& request, EngineConfig* config) {
+  Fields fields(request.value("checksums"));
+  read_extents(fields, false, &config->extents);
+  for (const double offset : fields.numbers("offsets")) {
+    if (!(offset >= 0 && offset <= kLargest)) fields.fail("offsets must be sizes");
+    config->checksum_offsets.push_back(static_cast<size_t>(offset));
+  }
+  if (!fields.status().is_ok()) request.fail("checksums: " + fields.status().message());
+}
+
 void read_predictor(Fields& request, PredictorConfig* predictor) {
   Fields fields(request.value("predictor"));
   predictor->path = fields.text("path");
@@ -71,12 +81,6 @@ void read_stream(Fields& request, StreamConfig* stream) {
   if (fields.has("twoPhase")) stream->two_phase = fields.boolean("twoPhase");
   stream->bundles = flag("bundles", true);
   stream->pipeline = flag("pipeline", true);
-  if (fields.has("checksumOffsets")) {
-    for (const double offset : fields.numbers("checksumOffsets")) {
-      if (!(offset >= 0 && offset <= kLargest)) fields.fail("checksumOffsets must be sizes");
-      stream->checksum_offsets.push_back(static_cast<size_t>(offset));
-    }
-  }
   if (fields.has("trial")) {
     Fields trial(fields.value("trial"));
     stream->trial = {trial.size_or("failRead", 0), trial.size_or("shortRead", 0), trial.size_or("delayUs", 0)};
@@ -174,7 +178,10 @@ EngineConfig read_engine_config(Fields& fields) {
   config.threads = fields.size("threads");
   if (fields.has("kernelSet")) config.kernel_set = fields.text("kernelSet");
   config.batch_size = fields.size("batchSize");
-  if (fields.has("stream")) read_stream(fields, &config.stream);
+  if (fields.has("stream")) {
+    read_checksums(fields, &config);
+    read_stream(fields, &config.stream);
+  }
   if (fields.has("predictor")) read_predictor(fields, &config.predictor);
   if (fields.has("unit")) read_unit(fields, &config.unit);
   config.mapped = fields.has("mapped") && fields.boolean("mapped");

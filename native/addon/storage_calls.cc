@@ -4,6 +4,7 @@
 #include <string>
 
 #include "native/addon/task.h"
+#include "native/base/memory.h"
 #include "native/storage/bandwidth.h"
 #include "native/storage/page_cache.h"
 #include "native/storage/reader.h"
@@ -52,10 +53,27 @@ Napi::Value measure_flash_bandwidth_call(const Napi::CallbackInfo& info) {
       });
 }
 
+Napi::Value allocate_pages_call(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  constexpr double kMostBytes = static_cast<double>(size_t{1} << 48);
+  const double bytes = info.Length() >= 1 && info[0].IsNumber() ? info[0].As<Napi::Number>().DoubleValue() : 0;
+  auto memory = std::make_unique<HugeMemory>();
+  Status status = bytes >= 1 && bytes <= kMostBytes ? memory->allocate(static_cast<size_t>(bytes), "a buffer")
+                                                    : Status::argument("allocatePages takes a number of bytes");
+  if (!status.is_ok()) {
+    to_error(env, status).ThrowAsJavaScriptException();
+    return env.Undefined();
+  }
+  HugeMemory* const owned = memory.release();
+  return Napi::ArrayBuffer::New(
+      env, owned->data(), owned->bytes(), [](Napi::Env, void*, HugeMemory* done) { delete done; }, owned);
+}
+
 }  // namespace
 
 void export_storage_calls(Napi::Env env, Napi::Object exports) {
   exports.Set("pageCacheBytes", Napi::Function::New(env, page_cache_bytes_call));
+  exports.Set("allocatePages", Napi::Function::New(env, allocate_pages_call));
   exports.Set("measureFlashBandwidth", Napi::Function::New(env, measure_flash_bandwidth_call));
 }
 

@@ -19,6 +19,7 @@ enum class TraceStage : uint16_t {
   kEmbed,
   kLayer,
   kPrefetch,
+  kFill,  // neurons that are kept come in, before a job that does not pass through all of its bank
   kAttention,
   kFfn,
   kPredict,  // a predictor's hidden units, or the scores of a group of neurons

@@ -44,8 +44,6 @@ struct StreamConfig {
   ReadMode mode = ReadMode::kDirect;
   ReadBackend backend = ReadBackend::kThreads;
   size_t lanes = 0;
-  /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are; empty: reads are not compared. */
-  std::vector<size_t> checksum_offsets;
   /**
    * Whether the gate of a missing neuron is read first, and its rows only if it fires (paper section 1.6). By default what
    * a few reads at open show to be faster.
@@ -90,6 +88,8 @@ struct EngineConfig {
   std::vector<size_t> expert_offsets;  // (layer, expert)
   /** (layer, expert): where in resident.bin its heat order is; empty: neurons are in the order of the checkpoint. */
   std::vector<size_t> order_offsets;
+  /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are. Of streamed neurons only. */
+  std::vector<size_t> checksum_offsets;
   BundleLayout layout;
   Encoding ffn_encoding;
   size_t hidden_size;

@@ -87,6 +87,8 @@ Status Engine::measure_unit(UnitTimes* times) {
   for (const BankPlan& plan : config_.stream.banks) {
     if (plan.hot_neurons < neurons) return Status::argument("the hot region does not hold what is to be measured");
   }
+  const Status filled = streamed_ != nullptr ? streamed_->fill_all() : Status::ok();
+  if (!filled.is_ok()) return filled;
   Predictor* predictor = config_.predictor.enabled() ? &predictor_ : nullptr;
   return measure_unit_times(config_, *kernels_, *pool_, hot_rows_, weights_.layers, predictor, *unit_, times);
 }

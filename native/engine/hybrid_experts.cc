@@ -39,7 +39,8 @@ Status HybridExperts::run(const ExpertJob& job) {
   const GraphShape shape = shape_of(job);
   if (shape.clusters == 0) return cpu_->run(job);
   const uint64_t start = trace_now();
-  Status status = start_unit(job, shape);
+  Status status = cpu_->prepare(job);
+  if (status.is_ok()) status = start_unit(job, shape);
   if (!status.is_ok()) return status;
   const size_t threads = pool_->threads();
   const bool takes_turns = config_->unit.threads >= threads;

@@ -78,6 +78,15 @@ Status check_neurons(const EngineConfig& config) {
   if (status.is_ok() && config.expert_offsets.size() > file.size() / layout.bytes(config.neuron_count)) {
     status = Status::argument("neurons.bin is too small for every expert");
   }
+  const size_t bytes = layout.bytes(config.neuron_count);
+  for (size_t bank = 0; status.is_ok() && bank < config.expert_offsets.size(); bank++) {
+    const size_t offset = config.expert_offsets[bank];
+    const bool inside = std::any_of(config.extents.begin(), config.extents.end(), [&](const ExtentConfig& extent) {
+      return extent.is_neurons && offset >= extent.offset && bytes <= extent.bytes &&
+             offset - extent.offset <= extent.bytes - bytes;
+    });
+    if (!inside) status = Status::argument("the extents do not hold every neuron once");
+  }
   return status;
 }
 

@@ -61,8 +61,6 @@ class RandomModel {
   EngineConfig config{};
   /** Its thresholds are 0 everywhere. */
   PredictorConfig predictor;
-  /** (layer, expert): where in resident.bin the CRC-32 of each neuron's two parts are. */
-  std::vector<size_t> checksum_offsets;
   /** The bytes of neurons.bin. */
   std::vector<uint8_t> neurons;
 
@@ -210,7 +208,7 @@ class RandomModel {
       for (size_t expert = 0; expert < config.expert_count; expert++) {
         const size_t base = neurons.size();
         config.expert_offsets.push_back(base);
-        checksum_offsets.push_back(resident_.size());
+        config.checksum_offsets.push_back(resident_.size());
         neurons.resize(base + l.bytes(config.neuron_count));
         add_expert(neurons.data() + base);
       }

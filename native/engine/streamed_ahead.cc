@@ -12,7 +12,7 @@ namespace pi2 {
 /** Whether the bank behind this one is the next to be computed, by chunks that are read whole. */
 bool StreamedExperts::knows_next_bank(size_t bank) const {
   return config_->stream.pipeline && config_->expert_count == 1 && bank + 1 < config_->layer_count &&
-         cache_.plan(bank + 1).resident_gates == 0;
+         (!is_filled(bank + 1) || cache_.plan(bank + 1).resident_gates == 0);
 }
 
 /** Begins to read the first chunks of a bank, as many as fit a half of the staging memory that is free. */
@@ -32,7 +32,7 @@ void StreamedExperts::read_ahead(size_t bank, size_t half) {
     const size_t end = std::min((chunk + 1) * kNeuronChunk, config_->neuron_count);
     for (size_t neuron = chunk * kNeuronChunk; neuron < end; neuron++) {
       // As add_entry: rows without a gate are of no use.
-      if (keeps_gates(*config_) && cache_.rows(bank, neuron) != nullptr) continue;
+      if (is_filled(bank) && keeps_gates(*config_) && cache_.rows(bank, neuron) != nullptr) continue;
       const size_t rows_end = base + layout.part2_at(neuron) + layout.part2_bytes;
       ahead_read_[neuron] = &add_range(base + layout.part1_at(neuron), rows_end, &ahead_, first_read);
       ahead_neurons_[ahead_count_++] = static_cast<uint32_t>(neuron);

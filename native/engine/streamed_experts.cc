@@ -45,7 +45,6 @@ Status StreamedExperts::open(const EngineConfig& config, const Weights& weights,
   if (status.is_ok()) status = check_plans(config);
   if (status.is_ok()) status = experts->find_checksums(weights);
   if (status.is_ok()) status = experts->allocate();
-  if (status.is_ok()) status = experts->load();
   if (status.is_ok()) {
     status = open_reader(config.neurons_path, config.stream.mode, config.stream.backend, config.stream.lanes,
                          config.stream.trial, &experts->reader_);
@@ -133,9 +132,9 @@ Status StreamedExperts::check_plans(const EngineConfig& config) {
 }
 
 Status StreamedExperts::find_checksums(const Weights& weights) {
-  const std::vector<size_t>& offsets = config_->stream.checksum_offsets;
-  if (!offsets.empty() && offsets.size() != config_->expert_offsets.size()) {
-    return Status::argument("checksumOffsets must have one entry a layer and expert");
+  const std::vector<size_t>& offsets = config_->checksum_offsets;
+  if (offsets.size() != config_->expert_offsets.size()) {
+    return Status::argument("checksums must have one offset a layer and expert");
   }
   for (const size_t offset : offsets) {
     const uint8_t* sums = weights.resident().at(offset, config_->neuron_count * 2 * sizeof(uint32_t));
@@ -162,20 +161,8 @@ Status StreamedExperts::allocate() {
   ahead_bytes_ = config.stream.prefetch_bytes / 4;
   thread_counters_ = std::make_unique<ThreadCounters[]>(config.threads);
   progress_ = std::make_unique<Progress[]>(kParts);
+  filled_.resize(config.stream.banks.size());
   return status;
-}
-
-/** Gates, hot neurons and those that slots begin with come in with one sequential pass over the file, which also compares
- * every checksum. */
-Status StreamedExperts::load() {
-  return load_bundles(*config_, [&](size_t bank, size_t neuron, const uint8_t* part1, const uint8_t* part2) {
-    if (uint8_t* gate = cache_.part1(bank, neuron)) std::memcpy(gate, part1, config_->layout.part1_bytes);
-    uint8_t* rows = cache_.first_rows(bank, neuron);
-    if (rows == nullptr) return;
-    uint8_t* const whole[3] = {rows, rows + row_bytes_, rows + 2 * row_bytes_};
-    uint8_t* const without_gate[3] = {nullptr, rows, rows + row_bytes_};
-    unpack_bundle(*config_, part1, part2, keeps_gates(*config_) ? whole : without_gate);
-  });
 }
 
 /**
@@ -217,7 +204,9 @@ bool StreamedExperts::are_two_phases_faster() {
 }
 
 void StreamedExperts::begin(const ExpertJob& job) {
-  if (config_->stream.pipeline) find_and_plan(job);
+  // Filling a bank takes all of the staging memory; jobs behind one that waits for its run with that wait too.
+  const bool is_next = announced_++ == begun_;
+  if (is_next && config_->stream.pipeline && is_filled(bank_of(job))) find_and_plan(job);
 }
 
 void StreamedExperts::find_and_plan(const ExpertJob& job) {
@@ -242,6 +231,11 @@ void StreamedExperts::find_and_plan(const ExpertJob& job) {
 }
 
 Status StreamedExperts::run(const ExpertJob& job) {
+  if (announced_ > 0) announced_--;
+  if (!passes_through(job)) {
+    Status filled = fill(bank_of(job));
+    if (!filled.is_ok()) return filled;
+  }
   const bool could_ask = std::exchange(could_ask_, false);
   const uint64_t stall_before = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns;
   if (begun_ == 0) find_and_plan(job);
@@ -253,7 +247,10 @@ Status StreamedExperts::run(const ExpertJob& job) {
   compute_rounds(job, found);
   failure_ = nullptr;
   if (ahead_bank_ == found.bank || failure.any()) end_ahead();
-  if (!failure.any()) add_parts(job, found);
+  if (!failure.any()) {
+    add_parts(job, found);
+    filled_[found.bank] = 1;
+  }
   collect_counters(job);
   first_found_++;
   begun_--;
@@ -286,6 +283,7 @@ void StreamedExperts::compute_rounds(const ExpertJob& job, Found& found) {
 }
 
 void StreamedExperts::cancel() {
+  announced_ = 0;
   for (; begun_ > 0; begun_--) {
     Found& found = found_of(0);
     first_found_++;

@@ -21,7 +21,7 @@
  * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
  * of the round (paper section 1.7). The files streamed_find.cc,
  * streamed_plan.cc and streamed_stages.cc hold them; streamed_ahead.cc and streamed_prefetch.cc begin reads before their
- * job.
+ * job. Opening reads no neurons: those that are kept come in with the first job of their bank (streamed_fill.cc).
  *
  * A whole chunk without gates in memory is read in sequence, the next layer's first ones while this layer is still computed.
  * A batch of tokens goes the same way with more entries.
@@ -69,7 +69,7 @@ struct StreamCounters {
 
 class StreamedExperts : public Experts {
  public:
-  /** Loads what stays in memory, opens the reader, allocates everything. `predictor` may be null. */
+  /** Opens the reader and allocates everything; reads no neurons. `predictor` may be null. */
   static Status open(const EngineConfig& config, const Weights& weights, const Kernels& kernels, ThreadPool& pool,
                      Predictor* predictor, const SumOrder& order, std::unique_ptr<StreamedExperts>* experts);
   /** Whether the configuration's plan fits the model. */
@@ -77,19 +77,22 @@ class StreamedExperts : public Experts {
   ~StreamedExperts() override;
 
   /**
-   * Finds what the job wants, and begins to read it if a half of the staging memory is free. Without the pipeline nothing
-   * happens before `run`.
+   * Finds what the job wants, and begins to read it if a half of the staging memory is free. Without the pipeline, or before
+   * its bank is filled, nothing happens before `run`.
    */
   void begin(const ExpertJob& job) override;
+  Status prepare(const ExpertJob& job) override { return fill(bank_of(job)); }
   Status run(const ExpertJob& job) override;
   void cancel() override;
+  /** Reads what is kept of every bank. Between jobs. */
+  Status fill_all();
   /**
    * Begins reads of neurons that the next job of this bank will probably want: `job` has the inputs of the predictor as they
    * are before attention. Changes what is waited for, never a result.
    */
   void prefetch(const ExpertJob& job);
 
-  /** Where the rows of a bank's hot neurons are; without their bias. */
+  /** Where the rows of a bank's hot neurons are once it is filled; without their bias. */
   HotRows hot_rows(size_t bank) const;
 
   /**
@@ -115,6 +118,12 @@ class StreamedExperts : public Experts {
   enum class ChunkKind : uint8_t { kGates, kPredicted, kWhole };
   /** Where an entry is: in memory; on its way; on flash, but its gate did not fire. */
   enum EntryState : uint8_t { kResident, kMissing, kDropped };
+  /** Where the rows of a neuron are kept; the gate is null where gates are kept elsewhere, or not. */
+  struct KeptRows {
+    uint8_t* gate;
+    uint8_t* up;
+    uint8_t* down;
+  };
   /** Reads that are submitted together, and the memory they go to, one behind another. */
   struct ReadList {
     ReadRequest* reads = nullptr;
@@ -194,11 +203,12 @@ class StreamedExperts : public Experts {
                   const SumOrder& order)
       : config_(&config), kernels_(&kernels), pool_(&pool), predictor_(predictor), order_(order) {}
   Status allocate();
-  Status load();
   bool are_two_phases_faster();
   Status find_checksums(const Weights& weights);
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
+  Status fill(size_t bank);
+  void find_kept(Found& found, size_t chunk);
   void find_and_plan(const ExpertJob& job);
   void find(const ExpertJob& job, Found& found);
   void find_open(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
@@ -240,7 +250,7 @@ class StreamedExperts : public Experts {
   void multiply_batch_gates(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
   bool land_gates(Found& found, size_t chunk, size_t thread);
   bool land_rows(Found& found, size_t chunk, size_t thread);
-  void unpack_rows(const Found& found, size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down);
+  void unpack_rows(const Found& found, size_t entry, const KeptRows& to);
   size_t activate_entries(const ExpertJob& job, Found& found, const uint32_t* entries, size_t count, size_t thread);
   void activate_batch(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
   void add_part(const ExpertJob& job, const Found& found, size_t part, size_t thread);
@@ -255,6 +265,9 @@ class StreamedExperts : public Experts {
   /** What was found of the `place`-th of the jobs that are begun, or will be of one that is not yet. */
   Found& found_of(size_t place) { return found_[(first_found_ + place) % found_count(*config_)]; }
   size_t chunks() const { return chunk_total(config_->neuron_count); }
+  bool is_filled(size_t bank) const { return filled_[bank] != 0; }
+  /** Whether a job takes every neuron of a bank that is not filled, and so fills it. */
+  bool passes_through(const ExpertJob& job) const { return job.predictor_x == nullptr && job.first_neuron == 0; }
   /** Bytes that a missing entry of the chunk asks flash for, if it fires. */
   size_t missing_bytes(const Found& found, size_t chunk) const {
     return config_->layout.part2_bytes + (found.kinds[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
@@ -262,6 +275,11 @@ class StreamedExperts : public Experts {
   /** Whether a second phase reads the rows of an entry: what was read ahead came whole. */
   bool wants_rows(const Found& found, size_t entry) const {
     return found.state[entry] == kMissing && !is_ahead(found.gate_read[entry]);
+  }
+  /** Rows of hot neurons and of slots lie alike. */
+  KeptRows slot_rows(uint8_t* slot) const {
+    uint8_t* up = slot + (keeps_gates(*config_) ? row_bytes_ : 0);
+    return {keeps_gates(*config_) ? slot : nullptr, up, up + (config_->gated ? row_bytes_ : 0)};
   }
   size_t mask_words() const { return (config_->batch_size + 63) / 64; }
 
@@ -274,7 +292,8 @@ class StreamedExperts : public Experts {
   NeuronCache cache_;
   HugeMemory staging_;
   HugeMemory scratch_;
-  std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron; empty if reads are not compared
+  std::vector<const uint8_t*> checksums_;    // (bank): two of each neuron
+  std::vector<uint8_t> filled_;              // (bank): whether the neurons that it keeps from the start are in memory
   std::unique_ptr<ReadRequest[]> requests_;  // two halves, then those ahead
   size_t half_requests_ = 0;
   size_t row_bytes_ = 0;
@@ -284,6 +303,7 @@ class StreamedExperts : public Experts {
   /** Of the job that is computed and, of a mixture, of the one behind it. */
   Found found_[2];
   size_t first_found_ = 0;               // whose turn is next
+  size_t announced_ = 0;                 // jobs that will be run, begun or not
   size_t begun_ = 0;                     // jobs that were found and not computed yet
   Round rounds_[2];                      // (half)
   uint16_t* tile_factors_ = nullptr;     // the same for the matrix unit, as tiles.h lays it out

@@ -29,7 +29,7 @@ void StreamedExperts::find(const ExpertJob& job, Found& found) {
   }
   pool_->run(chunks() - job.first_chunk(), [&](size_t task, size_t thread) {
     const size_t chunk = job.first_chunk() + task;
-    const bool has_gates = chunk * kNeuronChunk < cache_.plan(found.bank).resident_gates;
+    const bool has_gates = is_filled(found.bank) && chunk * kNeuronChunk < cache_.plan(found.bank).resident_gates;
     found.kinds[chunk] = has_gates ? ChunkKind::kGates : ChunkKind::kWhole;
     if (has_gates) {
       find_open(job, found, chunk, thread);
@@ -44,7 +44,8 @@ void StreamedExperts::add_entry(Found& found, size_t neuron, size_t entry, size_
   const bool with_gate = keeps_gates(*config_);
   const uint8_t* gate = cache_.part1(found.bank, neuron);
   // Rows without a gate in memory are of no use: the chunk is read whole.
-  const uint8_t* kept = with_gate || gate != nullptr ? cache_.rows(found.bank, neuron) : nullptr;
+  const bool is_findable = is_filled(found.bank) && (with_gate || gate != nullptr);
+  const uint8_t* kept = is_findable ? cache_.rows(found.bank, neuron) : nullptr;
   found.open[entry] = static_cast<uint32_t>(neuron);
   found.slot[entry] = NeuronCache::kNoSlot;
   found.state[entry] = kept != nullptr ? kResident : kMissing;

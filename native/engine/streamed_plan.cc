@@ -198,13 +198,13 @@ void StreamedExperts::settle_round(Found& found, const Round& round, bool failed
 
 /** Of a chunk that was read whole, neurons that fired fill slots that nobody has used yet: a prompt warms the cache. */
 void StreamedExperts::keep_fired(Found& found, size_t chunk) {
-  if (!keeps_gates(*config_)) return;
   for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk) && cache_.has_free_slot(found.bank); entry++) {
-    if (found.state[entry] != kMissing) continue;
-    cache_.touch(found.bank, found.open[entry]);
-    found.slot[entry] = cache_.admit(found.bank, found.open[entry]);
-    uint8_t* slot = cache_.slot(found.bank, found.slot[entry]);
-    unpack_rows(found, entry, slot, slot + row_bytes_, slot + (config_->gated ? 2 : 1) * row_bytes_);
+    const size_t neuron = found.open[entry];
+    const bool is_of_use = keeps_gates(*config_) || cache_.part1(found.bank, neuron) != nullptr;
+    if (!is_of_use || found.state[entry] != kMissing || cache_.rows(found.bank, neuron) != nullptr) continue;
+    cache_.touch(found.bank, neuron);
+    found.slot[entry] = cache_.admit(found.bank, neuron);
+    unpack_rows(found, entry, slot_rows(cache_.slot(found.bank, found.slot[entry])));
   }
 }
 

@@ -36,6 +36,8 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   const size_t bank = bank_of(job);
   const BundleLayout& layout = config_->layout;
   end_ahead();
+  // Flash has to bring what is kept first.
+  if (!is_filled(bank)) return;
   ahead_bank_ = bank;
   const size_t most = std::min(ahead_bytes_ / page_up(layout.unit_bytes), most_ahead(*config_));
   if (most == 0) return;

@@ -149,9 +149,8 @@ bool StreamedExperts::wait_for(ReadRequest& request, uint64_t* stall_ns) {
   return landed;
 }
 
-/** Whether bytes from flash are those that the converter wrote, as far as that is looked at. */
+/** Whether bytes from flash are those that the converter wrote. */
 bool StreamedExperts::is_sound(const Found& found, size_t entry, size_t part) {
-  if (checksums_.empty()) return true;
   const size_t neuron = found.open[entry];
   uint32_t expected;
   std::memcpy(&expected, checksums_[found.bank] + (2 * neuron + part) * sizeof expected, sizeof expected);
@@ -171,11 +170,14 @@ bool StreamedExperts::is_sound(const Found& found, size_t entry, size_t part) {
   return false;
 }
 
+/** Waits for the gates of a chunk, neuron by neuron; those that are kept for good go where they belong. */
 bool StreamedExperts::land_gates(Found& found, size_t chunk, size_t thread) {
   for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
     if (found.state[entry] != kMissing) continue;
     if (!wait_for(*found.gate_read[entry], &thread_counters_[thread].stream.gate_stall_ns)) return false;
     if (!is_sound(found, entry, 0)) return false;
+    uint8_t* kept = is_filled(found.bank) ? nullptr : cache_.part1(found.bank, found.open[entry]);
+    if (kept != nullptr) std::memcpy(kept, found.part1[entry], config_->layout.part1_bytes);
   }
   return true;
 }
@@ -272,7 +274,7 @@ size_t StreamedExperts::activate_entries(const ExpertJob& job, Found& found, con
   return fired;
 }
 
-void StreamedExperts::unpack_rows(const Found& found, size_t entry, uint8_t* gate, uint8_t* up, uint8_t* down) {
+void StreamedExperts::unpack_rows(const Found& found, size_t entry, const KeptRows& to) {
   const size_t scales = row_bytes_ - weight_bytes_;
   const uint8_t* next_scales = found.part1[entry] + weight_bytes_;
   const auto unpack = [&](const uint8_t* weights, uint8_t* row) {
@@ -280,36 +282,37 @@ void StreamedExperts::unpack_rows(const Found& found, size_t entry, uint8_t* gat
     std::memcpy(row, weights, weight_bytes_);
     std::memcpy(row + weight_bytes_, next_scales, scales);
   };
-  if (gate != nullptr) std::memcpy(gate, found.part1[entry], row_bytes_);
-  if (config_->gated) unpack(found.staged_up[entry], up);
-  unpack(found.staged_down[entry], down);
+  if (to.gate != nullptr) std::memcpy(to.gate, found.part1[entry], row_bytes_);
+  if (config_->gated) unpack(found.staged_up[entry], to.up);
+  unpack(found.staged_down[entry], to.down);
 }
 
 /**
- * Waits for the rows of a chunk, neuron by neuron, and puts them where kernels want them: into the slots of neurons that
- * will be kept, else the up row into the thread's landing memory and the down row to those that stay until the sum.
+ * Waits for the rows of a chunk, neuron by neuron, and puts them where kernels want them: into the places of neurons that
+ * will be kept, else the up row into the thread's landing memory and the down row to those that stay until the sum. While a
+ * bank is filled, what has a place there is kept although it does not fire.
  */
 bool StreamedExperts::land_rows(Found& found, size_t chunk, size_t thread) {
-  const size_t gate_bytes = keeps_gates(*config_) ? row_bytes_ : 0;
-  const size_t up_bytes = config_->gated ? row_bytes_ : 0;
+  const bool fills = !is_filled(found.bank);
   uint64_t* stall_ns = &thread_counters_[thread].stream.row_stall_ns;
   size_t landed = 0;
   for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
-    if (found.state[entry] != kMissing) continue;
+    const size_t neuron = found.open[entry];
+    uint8_t* place = fills ? cache_.first_rows(found.bank, neuron) : nullptr;
+    const bool is_wanted = found.state[entry] == kMissing || (found.state[entry] == kDropped && place != nullptr);
+    if (!is_wanted) continue;
     if (!wait_for(*found.up_read[entry], stall_ns) || !wait_for(*found.down_read[entry], stall_ns)) return false;
     if (!is_sound(found, entry, 1)) return false;
-    uint8_t* gate = nullptr;
-    uint8_t* up = landing_ + (thread * kNeuronChunk + landed++) * row_bytes_;
-    uint8_t* down = retained_ + found.open[entry] * row_bytes_;
-    if (found.slot[entry] != NeuronCache::kNoSlot) {
-      uint8_t* slot = cache_.slot(found.bank, found.slot[entry]);
-      gate = gate_bytes > 0 ? slot : nullptr;
-      up = slot + gate_bytes;
-      down = up + up_bytes;
+    if (found.slot[entry] != NeuronCache::kNoSlot) place = cache_.slot(found.bank, found.slot[entry]);
+    KeptRows to{nullptr, landing_ + (thread * kNeuronChunk + landed) * row_bytes_, retained_ + neuron * row_bytes_};
+    if (place != nullptr) {
+      to = slot_rows(place);
+    } else {
+      landed++;
     }
-    unpack_rows(found, entry, gate, up, down);
-    found.up[entry] = up;
-    found.down[entry] = down;
+    unpack_rows(found, entry, to);
+    found.up[entry] = to.up;
+    found.down[entry] = to.down;
   }
   return true;
 }

@@ -27,8 +27,19 @@ constexpr size_t kTokens = 12;
 /** What happens to one step of a run. */
 enum class Fault { kNone, kRead, kShortRead, kFlippedBytes };
 
-/** What a predictor has to say: there is none; the same for all neurons; it chooses all; steps are exact. */
-enum class Guess { kNone, kHalf, kAll, kExact };
+/** What a predictor has to say: there is none; the same for all neurons; it chooses all; all steps, or those of the prompt,
+ * are exact. */
+enum class Guess { kNone, kHalf, kAll, kExact, kExactPrompt };
+constexpr size_t kGuesses = 5;
+
+/** How a sequence is computed. */
+struct Course {
+  Guess guess = Guess::kNone;
+  /** Tokens of the first step: of the prompt, which is the step after it. */
+  size_t first = kPrompt;
+  /** Whether the prompt is computed as such. */
+  bool prompt = true;
+};
 
 /** What a sequence gave. */
 struct Result {
@@ -62,8 +73,8 @@ std::vector<uint8_t> damaged(const RandomModel& model) {
   return bytes;
 }
 
-/** Computes a prompt in one step (as such, if `prompt`) and then token by token. A step that fails is done again, once. */
-Result compute(const RandomModel& model, const EngineConfig& config, Fault fault, bool exact = false, bool prompt = true) {
+/** Computes a prompt in one step or two and then token by token. A step that fails is done again, once. */
+Result compute(const RandomModel& model, const EngineConfig& config, Fault fault, Course course = {}) {
   std::unique_ptr<Engine> engine;
   const Status opened = Engine::open(config, &engine);
   require(opened.is_ok(), opened.message());
@@ -75,11 +86,13 @@ Result compute(const RandomModel& model, const EngineConfig& config, Fault fault
   int32_t tokens[kTokens];
   for (size_t i = 0; i < kTokens; i++) tokens[i] = static_cast<int32_t>((7 * i * i + i) % config.vocab_size);
   size_t failures = 0;
-  for (size_t at = 0, count = kPrompt; at < kTokens; at += count, count = 1) {
+  for (size_t at = 0, count = course.first; at < kTokens; at += count, count = at < kPrompt ? kPrompt - at : 1) {
+    const bool of_prompt = at < kPrompt;
+    const bool exact = course.guess == Guess::kExact || (course.guess == Guess::kExactPrompt && of_prompt);
     const auto step = [&] {
       const Run run{0, at, count};
       return engine->step(
-          {tokens + at, &run, 1, true, exact, prompt && count > 1}, result.logits.data() + at * config.vocab_size,
+          {tokens + at, &run, 1, true, exact, course.prompt && of_prompt}, result.logits.data() + at * config.vocab_size,
           FiringRecord{.fired = result.fired.data() + at * fired, .routed = result.routed.data() + at * routed});
     };
     Status status = step();
@@ -111,13 +124,15 @@ EngineConfig any_way(const RandomModel& model, Fault fault, Guess guess, std::mt
     BankPlan plan;
     const size_t gates[] = {0, below(neurons / kNeuronChunk + 1) * kNeuronChunk, neurons, neurons};
     plan.resident_gates = guess == Guess::kNone ? gates[below(4)] : 0;
-    // A fault needs neurons that are read.
     const size_t most_hot = guess == Guess::kNone ? plan.resident_gates : neurons;
-    if (fault == Fault::kNone) plan.hot_neurons = below(2) * below(most_hot + 1);
+    plan.hot_neurons = below(2) * below(most_hot + 1);
+    // A fault needs enough reads to be met.
     const size_t slots[] = {0, 1, below(neurons + 1), neurons};
     plan.cold_slots = slots[fault == Fault::kNone ? below(4) : below(2)];
     stream.banks.push_back(plan);
   }
+  // With rates slots do not begin free.
+  if (below(2) == 0) stream.firing_rates.assign(stream.banks.size() * neurons, 0.25f);
   const size_t staging[] = {0, 40'000, 1 << 20};
   stream.staging_bytes = staging[below(3)];
   stream.mode = below(2) == 0 ? ReadMode::kDirect : ReadMode::kBuffered;
@@ -128,7 +143,6 @@ EngineConfig any_way(const RandomModel& model, Fault fault, Guess guess, std::mt
   stream.two_phase = below(3) > 0;
   stream.bundles = below(4) > 0;
   stream.pipeline = below(4) > 0;
-  if (fault == Fault::kFlippedBytes || below(3) == 0) stream.checksum_offsets = model.checksum_offsets;
   if (fault == Fault::kRead) stream.trial.fail_read = 1 + below(9);
   if (fault == Fault::kShortRead) stream.trial.short_read = 1 + below(9);
   if (below(4) == 0) stream.trial.delay_us = 20;
@@ -142,7 +156,8 @@ std::string describe(const EngineConfig& config) {
                      ", staging " + std::to_string(s.staging_bytes) + ", prefetch " + std::to_string(s.prefetch_bytes) +
                      (s.mode == ReadMode::kDirect ? ", direct" : ", buffered") +
                      (s.backend == ReadBackend::kUring ? ", io_uring" : ", threads") + (s.two_phase ? "" : ", one phase") +
-                     (s.bundles ? "" : ", no bundles") + (s.pipeline ? "" : ", no pipeline") + ", banks";
+                     (s.bundles ? "" : ", no bundles") + (s.pipeline ? "" : ", no pipeline") +
+                     (s.firing_rates.empty() ? "" : ", rates") + ", banks";
   for (const BankPlan& plan : s.banks) {
     text += " " + std::to_string(plan.resident_gates) + "/" + std::to_string(plan.hot_neurons) + "/" +
             std::to_string(plan.cold_slots);
@@ -155,7 +170,7 @@ void try_mapped(const RandomModel& model, size_t threads) {
   for (const Kernels* kernels : available_kernels()) {
     EngineConfig config = model.config;
     config.kernel_set = kernels->name;
-    const Result expected = compute(model, config, Fault::kNone, false, false);
+    const Result expected = compute(model, config, Fault::kNone, {.prompt = false});
     config.mapped = true;
     config.threads = threads;
     require(compute(model, config, Fault::kNone) == expected, std::string("mapped: other bits with ") + kernels->name);
@@ -198,16 +213,22 @@ void try_model(const std::string& directory, const RandomShape& shape, uint32_t 
   const Result expected = compute(model, model.config, Fault::kNone);
   EngineConfig predicted = model.config;
   predicted.predictor = model.predictor;
-  const Result guessed = compute(model, predicted, Fault::kNone);
-  require(!(guessed == expected), "a predictor that leaves nothing out");
+  const Result guessed = compute(model, predicted, Fault::kNone, {Guess::kHalf});
+  const Result guessed_later = compute(model, predicted, Fault::kNone, {Guess::kExactPrompt});
+  require(!(guessed == expected) && !(guessed_later == expected), "a predictor that leaves nothing out");
   std::mt19937 random(seed);
   size_t faults = 0;
   for (size_t number = 0; number < ways; number++) {
     const Fault fault = number % 2 == 0 ? Fault::kNone : static_cast<Fault>(1 + number / 2 % 3);
-    const auto guess = static_cast<Guess>(number * 7 / 3 % 4);
+    const auto guess = static_cast<Guess>(number * 7 / 3 % kGuesses);
     const EngineConfig config = any_way(model, fault, guess, random);
-    require(compute(model, config, fault, guess == Guess::kExact) == (guess == Guess::kHalf ? guessed : expected),
-            std::string(shape.name) + ", way " + std::to_string(number) + ": other bits with " + describe(config));
+    // Neurons that are kept come in with the first step: of any length, or a failed one.
+    const size_t firsts[] = {kPrompt, 1, 3};
+    const Course course{guess, firsts[number / 5 % 3]};
+    const Result& wanted = guess == Guess::kHalf ? guessed : guess == Guess::kExactPrompt ? guessed_later : expected;
+    require(compute(model, config, fault, course) == wanted, std::string(shape.name) + ", way " + std::to_string(number) +
+                                                                 ": other bits with a first step of " +
+                                                                 std::to_string(course.first) + ", " + describe(config));
     faults += fault != Fault::kNone;
   }
   try_thresholds(model);

@@ -9,6 +9,7 @@
  */
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstring>
 
 #include "native/kernels/half.h"
@@ -405,66 +406,85 @@ inline __m512 q4_table() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1,
 /**
  * Prefetches the columns of the next batch, a share of one of them a call: DRAM gives random columns much faster in whole
  * runs than as 128-byte pieces of one column after another. Runs are read side by side, as a core's prefetcher follows each.
+ * The sum is bound by instructions, so a call has few: what can be known of a share is worked out once for all runs.
  */
+template <size_t kGroupBytes, size_t kScaleBytes>
 class ColumnPrefetch {
  public:
   ColumnPrefetch(const Column* columns, size_t count, size_t streams, size_t group_begin, size_t group_end)
-      : columns_(columns),
+      : first_(columns),
         end_(columns + count),
         streams_(streams),
         run_((count + streams - 1) / streams),
-        left_(run_ * streams * (group_end - group_begin)),
+        run_left_(run_),
         group_begin_(group_begin),
-        groups_(group_end - group_begin) {}
+        groups_(group_end - group_begin),
+        scales_(kScaleBytes == 0 || count == 0 ? 0 : columns->scales - columns->weights) {
+    begin_share();
+  }
 
-  template <size_t kGroupBytes, size_t kScaleBytes>
-  inline void next() {
-    if (left_ == 0) return;
-    left_--;
-    const Column* column = columns_ + stream_ * run_;
-    if (column < end_) prefetch<kGroupBytes, kScaleBytes>(*column);
-    if (++stream_ < streams_) return;
-    stream_ = 0;
-    if (++share_ < groups_) return;
-    share_ = 0;
-    columns_++;
+  [[gnu::always_inline]] inline void next() {
+    if (column_ < end_) {
+      for (size_t i = 0; i + 1 < kLines; i++) prefetch_line(column_->weights + lines_[i]);
+      if (line_count_ == kLines) prefetch_line(column_->weights + lines_[kLines - 1]);
+    }
+    column_ += run_;
+    if (--turns_ == 0) next_share();
   }
 
  private:
+  static constexpr size_t kShareBytes = kGroupBytes + kScaleBytes;
+  /** A share begins anywhere in a line. */
+  static constexpr size_t kLines = (kShareBytes + 63) / 64;
+
+  [[gnu::noinline]] void next_share() {
+    if (++share_ == groups_) {
+      share_ = 0;
+      first_++;
+      if (--run_left_ == 0) end_ = first_;
+    }
+    begin_share();
+  }
+
   /** As prefetch_share; but of some groups only, weights and scales are two runs. */
-  template <size_t kGroupBytes, size_t kScaleBytes>
-  [[gnu::always_inline]] inline void prefetch(const Column& column) const {
-    constexpr size_t kShareBytes = kGroupBytes + kScaleBytes;
+  void begin_share() {
+    turns_ = streams_;
+    column_ = first_;
     const size_t weight_bytes = groups_ * kGroupBytes;
-    const uint8_t* weights = column.weights + group_begin_ * kGroupBytes;
-    const uint8_t* scales = column.scales + group_begin_ * kScaleBytes;
-    const size_t first = (kShareBytes * share_ + 63) / 64 * 64;
-    const size_t last = (kShareBytes * (share_ + 1) - 1) / 64 * 64;
-    for (size_t i = 0; i < kShareBytes; i += 64) {
-      const size_t byte = first + i;
-      if (i + 64 <= kShareBytes || byte <= last)
-        prefetch_line(byte < weight_bytes ? weights + byte : scales + (byte - weight_bytes));
+    const size_t begin = (kShareBytes * share_ + 63) / 64 * 64;
+    line_count_ = 0;
+    for (size_t byte = begin; byte < kShareBytes * (share_ + 1); byte += 64) {
+      const bool is_weights = byte < weight_bytes;
+      const size_t offset =
+          is_weights ? group_begin_ * kGroupBytes + byte : group_begin_ * kScaleBytes + byte - weight_bytes;
+      lines_[line_count_++] = (is_weights ? 0 : scales_) + static_cast<ptrdiff_t>(offset);
     }
   }
 
-  const Column* columns_;
+  const Column* first_;   // of the first run
+  const Column* column_;  // of the run whose turn it is
   const Column* end_;
   size_t streams_;
-  size_t run_;   // columns of a stream
-  size_t left_;  // calls
+  size_t run_;  // columns of a run
+  size_t run_left_;
   size_t group_begin_;
   size_t groups_;
-  size_t stream_ = 0;
+  ptrdiff_t scales_;  // where scales are, from a column's weights: of the first column, for others a guess (a wrong one only
+                      // costs time)
+  size_t turns_;      // calls left of this share
   size_t share_ = 0;
+  size_t line_count_;
+  ptrdiff_t lines_[kLines];  // of this share, from a column's weights
 };
 
 /** Adds `count` columns' group to a tile of 256 outputs in lane order. */
-inline void add_group_q4(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
+inline void add_group_q4(const Column* columns, size_t count, ColumnPrefetch<kQ4GroupBytes, kGroupScaleBytes>& prefetch,
+                         size_t group, float* y) {
   const __m512 table = q4_table();
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kQ4GroupBytes, kGroupScaleBytes>();
+    prefetch.next();
     const uint8_t* weights = columns[c].weights + group * kQ4GroupBytes;
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
@@ -492,11 +512,12 @@ inline __m512 signed_byte(__m512i line) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * kByte), 24));
 }
 
-inline void add_group_q8(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
+inline void add_group_q8(const Column* columns, size_t count, ColumnPrefetch<kQ8GroupBytes, kGroupScaleBytes>& prefetch,
+                         size_t group, float* y) {
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kQ8GroupBytes, kGroupScaleBytes>();
+    prefetch.next();
     const uint8_t* weights = columns[c].weights + group * kQ8GroupBytes;
     const __m512 factor =
         _mm512_mul_ps(load_scales(columns[c].scales + group * kGroupScaleBytes), _mm512_set1_ps(columns[c].factor));
@@ -511,11 +532,12 @@ inline void add_group_q8(const Column* columns, size_t count, ColumnPrefetch& pr
   for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
 }
 
-inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch& prefetch, size_t group, float* y) {
+inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch<kF16GroupBytes, 0>& prefetch, size_t group,
+                          float* y) {
   __m512 sums[16];
   for (size_t v = 0; v < 16; v++) sums[v] = _mm512_loadu_ps(y + 16 * v);
   for (size_t c = 0; c < count; c++) {
-    prefetch.next<kF16GroupBytes, 0>();
+    prefetch.next();
     const uint8_t* weights = columns[c].weights + group * kF16GroupBytes;
     const __m512 factor = _mm512_set1_ps(columns[c].factor);
     for (size_t v = 0; v < 16; v++) sums[v] = _mm512_fmadd_ps(load_halves(weights + 32 * v), factor, sums[v]);
@@ -523,15 +545,14 @@ inline void add_group_f16(const Column* columns, size_t count, ColumnPrefetch& p
   for (size_t v = 0; v < 16; v++) _mm512_storeu_ps(y + 16 * v, sums[v]);
 }
 
-template <void (*kAddGroup)(const Column*, size_t, ColumnPrefetch&, size_t, float*)>
+template <class Prefetch, void (*kAddGroup)(const Column*, size_t, Prefetch&, size_t, float*)>
 void add_columns(const Column* columns, size_t count, size_t group_begin, size_t group_end, float* y) {
   const size_t widening = count < kLongList ? 1 : 2;
   const size_t most = widening * kColumnBatch;
   for (size_t c = 0; c < count; c += most) {
     const size_t batch = count - c < most ? count - c : most;
     const size_t left = count - c - batch;
-    ColumnPrefetch prefetch(columns + c + batch, left < most ? left : most, widening * kColumnStreams, group_begin,
-                            group_end);
+    Prefetch prefetch(columns + c + batch, left < most ? left : most, widening * kColumnStreams, group_begin, group_end);
     for (size_t g = group_begin; g < group_end; g++) kAddGroup(columns + c, batch, prefetch, g, y + g * kGroup);
   }
 }
@@ -686,9 +707,9 @@ constexpr Kernels kTable{
     .matmul_q4 = matmul<Q4>,
     .matmul_q8 = matmul<Q8>,
     .matmul_f16 = matmul_f16,
-    .add_columns_q4 = add_columns<add_group_q4>,
-    .add_columns_q8 = add_columns<add_group_q8>,
-    .add_columns_f16 = add_columns<add_group_f16>,
+    .add_columns_q4 = add_columns<ColumnPrefetch<kQ4GroupBytes, kGroupScaleBytes>, add_group_q4>,
+    .add_columns_q8 = add_columns<ColumnPrefetch<kQ8GroupBytes, kGroupScaleBytes>, add_group_q8>,
+    .add_columns_f16 = add_columns<ColumnPrefetch<kF16GroupBytes, 0>, add_group_f16>,
     .add_columns_batch_q4 = add_columns_batch<Q4Columns>,
     .add_columns_batch_q8 = add_columns_batch<Q8Columns>,
     .add_columns_batch_f16 = add_columns_batch<F16Columns>,
@@ -700,6 +721,7 @@ constexpr Kernels kTable{
 
 }  // namespace
 
+namespace XX {}
 const Kernels& avx512_kernels() { return kTable; }
 
 }  // namespace pi2

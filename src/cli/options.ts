@@ -17,7 +17,6 @@ export interface EngineFlags {
   /** Only of commands that have `--engine`. */
   engine?: EngineName;
   loadMode: LoadMode;
-  verifyReads?: boolean;
   exact?: boolean;
   ablate?: Ablation[];
   npu?: NpuChoice;
@@ -47,7 +46,7 @@ export function addModelOption(command: Command): Command {
   return command.requiredOption('-m, --model <NAME.pi2>', 'model directory that convert made');
 }
 
-/** Adds `-c`, `-t`, `--cpu`, `--memory`, `--load-mode` and `--verify-reads`. */
+/** Adds `-c`, `-t`, `--cpu`, `--memory` and `--load-mode`. */
 export function addEngineOptions(
   command: Command,
   contextHelp = 'positions of the KV cache; 0 is the model’s own',
@@ -63,8 +62,7 @@ export function addEngineOptions(
   ).argParser(parseMemory);
   const modes = LOAD_MODES.join(', ');
   const loadMode = new Option('--load-mode <mode>', `where neurons are: ${modes}`).argParser(parseName(LOAD_MODES));
-  const verify = new Option('--verify-reads', 'compare the checksum of every neuron read from flash');
-  const options = [context.default(0), threads.default(0), cpu, memory, loadMode.default('auto'), verify];
+  const options = [context.default(0), threads.default(0), cpu, memory, loadMode.default('auto')];
   for (const option of options) command.addOption(option);
   return command;
 }
@@ -131,7 +129,6 @@ export function engineOptions(flags: EngineFlags): EngineOptions {
     ...(flags.memory === undefined ? {} : { memory: flags.memory }),
     ...(flags.engine === undefined ? {} : { engine: flags.engine }),
     loadMode: flags.loadMode,
-    verifyReads: flags.verifyReads === true,
     exact: flags.exact === true,
     ...(flags.ablate === undefined ? {} : { ablate: flags.ablate }),
     ...(flags.npu === undefined ? {} : { npu: flags.npu }),

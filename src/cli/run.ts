@@ -274,7 +274,13 @@ function logOpened(model: ModelDirectory, engine: Engine, asked: number): void {
   const { name, hyperparameters: h, quantization } = model.manifest;
   const { weightBytes, kvBytes } = engine.counters();
   const isMapped = engine.storage === 'mmap';
-  const weights = isMapped ? 'weights mapped' : `${formatBytes(weightBytes)} of weights loaded`;
+  // Streamed neurons come in with the first steps.
+  const what = `${formatBytes(weightBytes)} of weights`;
+  const weights = isMapped
+    ? 'weights mapped'
+    : engine.storage === 'resident'
+      ? `${what} loaded`
+      : `opened with room for ${what}`;
   log(`${name}: ${h.family}, ${quantization.name}, ${weights} in ${formatMs(engine.loadMs)}`);
   const own = asked === 0 ? ' (the model’s own)' : '';
   log(

@@ -145,11 +145,6 @@ export interface StreamRequest {
   backend: 'threads' | 'uring';
   /** Reads under way at once (threads). */
   lanes: number;
-  /**
-   * Where in `resident.bin` each bank's bundle checksums are; their extents must be among `extents`. Absent: bytes read from
-   * flash are not compared. A wrong one fails the step with `NATIVE_CHECKSUM`, naming layer and neuron.
-   */
-  checksumOffsets?: number[];
   /** With a predictor: memory for neurons that are guessed and read while attention computes. Default: 0, none are. */
   prefetchBytes?: number;
   /**
@@ -242,6 +237,11 @@ export interface EngineRequest {
    * neurons are in the order of the checkpoint. Sums are made in that order.
    */
   orderOffsets?: number[];
+  /**
+   * Checksums of the bundles, which are loaded only with `stream`: their extents, and where in `resident.bin` those of each bank
+   * begin. Whatever is read from flash is compared; a wrong neuron fails the step with `NATIVE_CHECKSUM`, naming it.
+   */
+  checksums: { extents: NativeExtent[]; offsets: number[] };
   layout: {
     matrices: number;
     part1Bytes: number;
@@ -417,6 +417,8 @@ export interface NativeAddon {
    * tell: it does for files that the process owns or may write. A missing file is `NATIVE_IO`.
    */
   pageCacheBytes(path: string): Promise<number | null>;
+  /** Zeroed memory that begins on a page, as reads and writes past the page cache want it; on huge pages where it is large. */
+  allocatePages(bytes: number): ArrayBuffer;
   /** Bytes a second that `threads` threads read from anonymous memory of `bytes` bytes, best of several sweeps of the first GiB. */
   measureReadBandwidth(request: { threads: number; bytes: number }): Promise<number>;
   /** Bytes a second that reads of a file bring past the page cache, `lanes` at once; `how` says how they were really made. */

@@ -46,8 +46,12 @@ export function modelRequest(
     expertOffsets: Array.from({ length: h.layer_count * experts }, (_, i) =>
       model.expertOffset(Math.floor(i / experts), i % experts),
     ),
-    extents: nativeExtents(model, (extent) => isPlain(extent) && !extent.name.endsWith('.checksums')),
-    ...(heat_order === 'identity' ? {} : { orderOffsets: orderOffsets(model) }),
+    extents: nativeExtents(model, (extent) => isPlain(extent) && !isChecksums(extent)),
+    ...(heat_order === 'identity' ? {} : { orderOffsets: expertOffsets(model, 'heat_order', ORDER_BYTES) }),
+    checksums: {
+      extents: nativeExtents(model, isChecksums),
+      offsets: expertOffsets(model, 'checksums', CHECKSUM_BYTES),
+    },
     layout: nativeLayout(layout),
     ffnEncoding: quantization.ffn as EngineRequest['ffnEncoding'],
     hiddenSize: h.hidden_size,
@@ -72,23 +76,12 @@ export function modelRequest(
   };
 }
 
-/** What a request needs more to read neurons while computing; with `verifyReads` bundle checksums are loaded too. */
+/** How neurons are read while computing. */
 export function streamRequest(
-  model: ModelDirectory,
   shape: StreamShape,
   how: Pick<StreamRequest, 'mode' | 'policy' | 'bundles' | 'twoPhase' | 'pipeline' | 'firingRates'>,
-  verifyReads: boolean,
-): Pick<EngineRequest, 'stream'> & Partial<Pick<EngineRequest, 'extents'>> {
-  const stream: StreamRequest = { ...shape, ...how, backend: 'uring', lanes: READ_LANES };
-  if (!verifyReads) return { stream };
-  const { hyperparameters: h } = model.manifest;
-  const experts = expertCount(h);
-  const checksumOffsets = Array.from({ length: h.layer_count * experts }, (_, bank) => {
-    const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.checksums`);
-    return offset + (bank % experts) * h.neuron_count * CHECKSUM_BYTES;
-  });
-  const extents = nativeExtents(model, isPlain);
-  return { stream: { ...stream, checksumOffsets }, extents };
+): StreamRequest {
+  return { ...shape, ...how, backend: 'uring', lanes: READ_LANES };
 }
 
 /** The model's predictor, with the thresholds of one of its operating points. */
@@ -108,19 +101,23 @@ export function predictorRequest(
   };
 }
 
-/** Where the heat order of each expert begins in `resident.bin`. */
-function orderOffsets(model: ModelDirectory): number[] {
+/** Where numbers of each expert begin in `resident.bin`: those of a layer are an extent, `bytes` for each of its neurons. */
+function expertOffsets(model: ModelDirectory, extent: string, bytes: number): number[] {
   const { hyperparameters: h } = model.manifest;
   const experts = expertCount(h);
-  return Array.from({ length: h.layer_count * experts }, (_, bank) => {
-    const { offset } = model.extent(`layers.${Math.floor(bank / experts)}.heat_order`);
-    return offset + (bank % experts) * h.neuron_count * ORDER_BYTES;
+  return Array.from({ length: h.layer_count * experts }, (_, i) => {
+    const { offset } = model.extent(`layers.${Math.floor(i / experts)}.${extent}`);
+    return offset + (i % experts) * h.neuron_count * bytes;
   });
 }
 
 /** Whether an extent is of every model, neither of a predictor nor of a dense unit. */
 function isPlain({ file }: Extent): boolean {
   return file === RESIDENT_FILE || file === NEURONS_FILE;
+}
+
+function isChecksums({ name }: Extent): boolean {
+  return name.endsWith('.checksums');
 }
 
 /** The tensors of weights in the extents that are wanted: no checksums, no heat orders. */

@@ -33,8 +33,6 @@ export interface EngineOptions {
   engine?: EngineName;
   /** Default `auto`. */
   loadMode?: LoadMode;
-  /** Compares the checksum of every bundle that is read from flash while computing. */
-  verifyReads?: boolean;
   /** Computes every neuron that fires, as if the model had no predictor. */
   exact?: boolean;
   /** What computes the hottest neurons beside the CPU. Default `auto`. */

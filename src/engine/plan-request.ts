@@ -55,7 +55,7 @@ export async function planRequest(
   options: EngineOptions,
   addon: NativeAddon,
 ): Promise<PlannedRequest> {
-  const { memory, verifyReads = false, loadMode = 'auto', engine = 'pi2' } = options;
+  const { memory, loadMode = 'auto', engine = 'pi2' } = options;
   const isMapped = engine === 'mmap';
   if (isMapped) requireMappable(options);
   const ablated = [...(options.ablate ?? []), ...(engine === 'llmflash' ? LLMFLASH_ABLATIONS : [])];
@@ -83,7 +83,7 @@ export async function planRequest(
       ...(options.traceRecords === undefined ? {} : { traceRecords: options.traceRecords }),
       ...(shape === undefined
         ? {}
-        : streamRequest(model, shape, { ...how, ...(firingRates ? { firingRates } : {}) }, verifyReads)),
+        : { stream: streamRequest(shape, { ...how, ...(firingRates ? { firingRates } : {}) }) }),
       ...(predictor === undefined || point === null ? {} : { predictor: predictorRequest(model, predictor, point) }),
       batchSize,
     };
@@ -154,10 +154,9 @@ export async function planRequest(
 }
 
 /** Refuses options that have no meaning where the kernel decides what is in memory. */
-function requireMappable({ loadMode = 'auto', verifyReads }: EngineOptions): void {
-  if (loadMode === 'auto' && !verifyReads) return;
-  const option = verifyReads ? '--verify-reads' : `--load-mode ${loadMode}`;
-  const why = `--engine mmap cannot have ${option}: the kernel decides what is read`;
+function requireMappable({ loadMode = 'auto' }: EngineOptions): void {
+  if (loadMode === 'auto') return;
+  const why = `--engine mmap cannot have --load-mode ${loadMode}: the kernel decides what is read`;
   throw new Pi2Error('E_USAGE', why, 'leave one out');
 }
 
