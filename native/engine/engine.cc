@@ -40,7 +40,7 @@ Status check(const EngineConfig& c) {
 }
 
 /** Bytes of the pieces of an engine's scratch; Engine::allocate says what they are. */
-constexpr size_t kPieces = 16;
+constexpr size_t kPieces = 20;
 /** Of more tokens nearly every neuron is wanted by one of them: there is nothing to guess. */
 constexpr size_t kPrefetchTokens = 4;
 std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
@@ -70,7 +70,11 @@ std::array<size_t, kPieces> scratch_pieces(const EngineConfig& config) {
           Activations::float_bytes(hidden, guessed_routed),
           Activations::form_bytes(tiles, hidden, guessed_routed),
           (Predictor::scratch_bytes(config) + 63) / 64 * 64,
-          Trace::bytes_needed(config.threads, config.trace_records)};
+          Trace::bytes_needed(config.threads, config.trace_records),
+          Activations::float_bytes(hidden, routed),
+          Activations::form_bytes(tiles, hidden, routed),
+          Activations::float_bytes(hidden, guessed_routed),
+          Activations::form_bytes(tiles, hidden, guessed_routed)};
 }
 
 }  // namespace
@@ -156,7 +160,8 @@ Status Engine::allocate() {
   status = open_unit();
   if (!status.is_ok()) return status;
   Experts& experts = hybrid_ ? static_cast<Experts&>(*hybrid_) : *experts_;
-  ffn_.bind(config_, *kernels_, *pool_, experts, pieces[9], activations(6, hidden), activations(12, hidden));
+  ffn_.bind(config_, *kernels_, *pool_, experts, pieces[9], {activations(6, hidden), activations(16, hidden)},
+            {activations(12, hidden), activations(18, hidden)});
   return status;
 }
 

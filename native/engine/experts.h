@@ -63,10 +63,17 @@ struct ExpertJob {
 class Experts {
  public:
   virtual ~Experts() = default;
+  /**
+   * A job that will be run, so that what it reads can be on its way before: after those that were begun earlier, unchanged
+   * but for its output. One may be begun while another waits for its run. None needs to be.
+   */
+  virtual void begin(const ExpertJob&) {}
   /** What the job's bank keeps in memory is there: for others that read it (hybrid_experts.h). Fails only on I/O. */
   virtual Status prepare(const ExpertJob&) { return Status::ok(); }
   /** Fails only on I/O; then the job's output is not to be used. */
   virtual Status run(const ExpertJob& job) = 0;
+  /** Jobs that were begun will not be run. */
+  virtual void cancel() {}
   const FfnCounters& counters() const { return counters_; }
 
  protected:

@@ -1,4 +1,7 @@
 #pragma once
+#include <array>
+#include <optional>
+
 #include "native/engine/experts.h"
 
 namespace pi2 {
@@ -7,9 +10,11 @@ namespace pi2 {
 class Ffn {
  public:
   static size_t scratch_bytes(const EngineConfig& config);
-  /** `routed`, `routed_residual`: room for what one expert's tokens give it and its predictor. */
+  /** Experts whose tokens are gathered at a time: one is begun before the one before it is run. */
+  static constexpr size_t kGathered = 2;
+  /** `routed`, `routed_residual`: room for what each of these experts' tokens give it and its predictor. */
   void bind(const EngineConfig& config, const Kernels& kernels, ThreadPool& pool, Experts& experts, uint8_t* scratch,
-            Activations routed, Activations routed_residual);
+            const std::array<Activations, kGathered>& routed, const std::array<Activations, kGathered>& routed_residual);
 
   /**
    * out[t * out_stride + i] = FFN of the normed inputs x, both forms filled. out is padded to whole groups. If `fired_bits`
@@ -46,23 +51,27 @@ class Ffn {
   /** Lays the buffers below over `scratch` (null: only measures); returns the bytes they take. */
   size_t carve(const EngineConfig& config, uint8_t* scratch);
   void route(const LayerWeights& layer, const Activations& x, size_t tokens);
-  Status run_routed(size_t layer_index, size_t expert, const LayerWeights& layer, const Activations& x,
-                    const Activations* predictor_x, size_t tokens, float* out, size_t out_stride, uint8_t* fired_bits,
-                    size_t fired_stride);
+  /** The tokens that chose an expert, and the job that they are. */
+  struct Gathered {
+    Activations x;
+    Activations residual;
+    float* shares = nullptr;       // (batch): routing weights
+    uint32_t* tokens = nullptr;    // (batch): their numbers in the batch
+    float** rows = nullptr;        // (batch): where their activations are written down
+    std::optional<ExpertJob> job;  // none: nothing is begun
+  };
+  bool gather(size_t expert, const ExpertJob& all, Gathered* gathered);
+  Status run_gathered(const ExpertJob& all, Gathered* gathered);
 
   const EngineConfig* config_ = nullptr;
   const Kernels* kernels_ = nullptr;
   ThreadPool* pool_ = nullptr;
   Experts* experts_ = nullptr;
-  float* expert_out_ = nullptr;     // (batch, padded hidden)
+  float* expert_out_ = nullptr;     // (batch, padded hidden): of one expert
   float* shares_ = nullptr;         // (expert, batch): routing weight, 0 if not chosen
   float* router_logits_ = nullptr;  // (expert)
-  float* token_shares_ = nullptr;   // (batch): of one expert's tokens
-  uint32_t* tokens_ = nullptr;      // (batch): one expert's tokens
-  float** rows_ = nullptr;          // (batch): where their activations are written down
   uint32_t* used_ = nullptr;        // (batch): experts that each token of the batch has used so far
-  Activations routed_;
-  Activations routed_residual_;
+  std::array<Gathered, kGathered> gathered_;
   uint8_t* routed_bits_ = nullptr;  // of this layer, or null
   size_t routed_stride_ = 0;
   float* activations_ = nullptr;  // of this layer, or null

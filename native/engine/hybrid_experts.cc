@@ -4,8 +4,25 @@
 
 namespace pi2 {
 
+/** The graph that computes a part of the job; of no clusters if the unit has no part. */
+GraphShape HybridExperts::shape_of(const ExpertJob& job) const {
+  return is_used_ ? scheduled_shape(schedule_, job.tokens) : GraphShape{};
+}
+
+/** The CPU's part of a job. */
+ExpertJob HybridExperts::rest_of(const ExpertJob& job, GraphShape shape) const {
+  ExpertJob rest = job;
+  rest.first_neuron = shape.clusters == 0 ? 0 : cluster_end(config_->unit, shape.clusters, config_->neuron_count);
+  return rest;
+}
+
+void HybridExperts::begin(const ExpertJob& job) {
+  const ExpertJob rest = rest_of(job, shape_of(job));
+  if (rest.first_neuron < config_->neuron_count) cpu_->begin(rest);
+}
+
 /** Lets the unit begin with its part of a job. */
-Status HybridExperts::begin(const ExpertJob& job, GraphShape shape) {
+Status HybridExperts::start_unit(const ExpertJob& job, GraphShape shape) {
   if (!(unit_->active() == shape)) {
     Status status = unit_->activate(shape);
     if (!status.is_ok()) return status;
@@ -19,18 +36,17 @@ Status HybridExperts::begin(const ExpertJob& job, GraphShape shape) {
 }
 
 Status HybridExperts::run(const ExpertJob& job) {
-  const GraphShape shape = is_used_ ? scheduled_shape(schedule_, job.tokens) : GraphShape{};
+  const GraphShape shape = shape_of(job);
   if (shape.clusters == 0) return cpu_->run(job);
   const uint64_t start = trace_now();
   Status status = cpu_->prepare(job);
-  if (status.is_ok()) status = begin(job, shape);
+  if (status.is_ok()) status = start_unit(job, shape);
   if (!status.is_ok()) return status;
   const size_t threads = pool_->threads();
   const bool takes_turns = config_->unit.threads >= threads;
   if (takes_turns) status = unit_->finish();
   const uint64_t begun = trace_now();
-  ExpertJob rest = job;
-  rest.first_neuron = cluster_end(config_->unit, shape.clusters, config_->neuron_count);
+  const ExpertJob rest = rest_of(job, shape);
   Status computed;
   if (status.is_ok() && rest.first_neuron < config_->neuron_count) {
     if (!takes_turns) pool_->limit(threads - config_->unit.threads);

@@ -42,13 +42,17 @@ class HybridExperts : public Experts {
   void set_schedule(const UnitConfig::Schedule& schedule) { schedule_ = schedule; }
   const UnitConfig::Schedule& schedule() const { return schedule_; }
 
+  void begin(const ExpertJob& job) override;
   Status run(const ExpertJob& job) override;
+  void cancel() override { cpu_->cancel(); }
 
   UnitCounters unit_counters() const;
   const DenseUnit& unit() const { return *unit_; }
 
  private:
-  Status begin(const ExpertJob& job, GraphShape shape);
+  GraphShape shape_of(const ExpertJob& job) const;
+  ExpertJob rest_of(const ExpertJob& job, GraphShape shape) const;
+  Status start_unit(const ExpertJob& job, GraphShape shape);
   void add_sums(const ExpertJob& job) const;
 
   const EngineConfig* config_;

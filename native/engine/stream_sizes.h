@@ -79,6 +79,9 @@ inline size_t most_ahead(const EngineConfig& config) { return config.stream.pref
 /** Requests of both halves and of those ahead. */
 inline size_t request_total(const EngineConfig& config) { return 2 * half_requests(config) + most_ahead(config); }
 
+/** Jobs that are found at a time: of a dense model the next one is not known before this one is computed. */
+inline size_t found_count(const EngineConfig& config) { return config.expert_count > 1 ? 2 : 1; }
+
 inline size_t padded_hidden(const EngineConfig& config) { return group_count(config.hidden_size) * kGroup; }
 
 }  // namespace pi2

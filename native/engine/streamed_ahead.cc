@@ -40,7 +40,7 @@ void StreamedExperts::read_ahead(size_t bank, size_t half) {
   }
   if (ahead_.count == 0) return forget_ahead();
   ahead_end_chunk_ = chunk;
-  submit(ahead_);
+  stream_counters_.row_stall_ns += submit(ahead_) * pool_->threads();
   stream_counters_.reads += ahead_.count;
   stream_counters_.read_bytes += ahead_.staged_bytes;
   stream_counters_.asked_bytes += ahead_count_ * (layout.part1_bytes + layout.part2_bytes);

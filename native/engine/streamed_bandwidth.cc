@@ -15,14 +15,14 @@ constexpr double kLeastSeconds = 0.03;
 
 }  // namespace
 
-/** Begins the reads of a list; any thread. */
-void StreamedExperts::submit(const ReadList& list) {
-  if (list.count == 0) return;
+/** Begins the reads of a list; any thread. How long flash had no room for them, in nanoseconds. */
+uint64_t StreamedExperts::submit(const ReadList& list) {
+  if (list.count == 0) return 0;
   if (pool_->trace() != nullptr) {
     const uint64_t now = trace_now();
     for (size_t i = 0; i < list.count; i++) list.reads[i].submitted_ns = now;
   }
-  reader_->submit(list.reads, list.count);
+  return reader_->submit(list.reads, list.count);
 }
 
 /** Records the reads of a list, all of them done. */

@@ -62,28 +62,31 @@ size_t StreamedExperts::carve(const EngineConfig& config, uint8_t* scratch) {
   const size_t entries = chunk_count * kNeuronChunk;
   const size_t chunk_floats = config.threads * config.batch_size * kNeuronChunk;
   const size_t row = row_bytes(config.ffn_encoding, config.hidden_size);
-  open_ = carver.take<uint32_t>(entries);
-  state_ = carver.take<uint8_t>(entries);
-  part1_ = carver.take<const uint8_t*>(entries);
-  staged_up_ = carver.take<const uint8_t*>(entries);
-  staged_down_ = carver.take<const uint8_t*>(entries);
-  up_ = carver.take<const uint8_t*>(entries);
-  down_ = carver.take<const uint8_t*>(entries);
+  for (size_t i = 0; i < found_count(config); i++) {
+    Found& found = found_[i];
+    found.open = carver.take<uint32_t>(entries);
+    found.state = carver.take<uint8_t>(entries);
+    found.part1 = carver.take<const uint8_t*>(entries);
+    found.staged_up = carver.take<const uint8_t*>(entries);
+    found.staged_down = carver.take<const uint8_t*>(entries);
+    found.up = carver.take<const uint8_t*>(entries);
+    found.down = carver.take<const uint8_t*>(entries);
+    found.gate_read = carver.take<ReadRequest*>(entries);
+    found.up_read = carver.take<ReadRequest*>(entries);
+    found.down_read = carver.take<ReadRequest*>(entries);
+    found.slot = carver.take<int32_t>(entries);
+    found.gates = carver.take<float>(entries);
+    found.masks = carver.take<uint64_t>(config.predictor.enabled() ? entries * ((config.batch_size + 63) / 64) : 0);
+    found.batch_gates = carver.take<float>(entries * config.batch_size);
+    found.open_count = carver.take<uint32_t>(chunk_count);
+    found.kinds = carver.take<ChunkKind>(chunk_count);
+    found.later = carver.take<ReadList>(chunk_count);
+  }
   order_.use(carver.take<SumOrder::Placed>(config.neuron_count));
-  gate_read_ = carver.take<ReadRequest*>(entries);
-  up_read_ = carver.take<ReadRequest*>(entries);
-  down_read_ = carver.take<ReadRequest*>(entries);
-  slot_ = carver.take<int32_t>(entries);
-  gates_ = carver.take<float>(entries);
-  masks_ = carver.take<uint64_t>(config.predictor.enabled() ? entries * ((config.batch_size + 63) / 64) : 0);
-  open_count_ = carver.take<uint32_t>(chunk_count);
-  kinds_ = carver.take<ChunkKind>(chunk_count);
-  later_ = carver.take<ReadList>(chunk_count);
   const bool has_tiles = find_tiles(config.kernel_set) != nullptr;
   tile_factors_ = carver.take<uint16_t>(has_tiles ? factors_length(config.neuron_count, config.batch_size) : 0);
   column_of_ = carver.take<const uint8_t*>(has_tiles ? config.neuron_count : 0);
   factors_ = carver.take<float>(entries * config.vector_batch());
-  batch_gates_ = carver.take<float>(entries * config.batch_size);
   ups_ = carver.take<float>(chunk_floats);
   landing_ = carver.take<uint8_t>(config.threads * kNeuronChunk * row + kTailBytes);
   retained_ = carver.take<uint8_t>(entries * row + kTailBytes);
@@ -200,66 +203,97 @@ bool StreamedExperts::are_two_phases_faster() {
   return (1 + kFiringShare) * read(false) < read(true);
 }
 
+void StreamedExperts::begin(const ExpertJob& job) {
+  // Filling a bank takes all of the staging memory; jobs behind one that waits for its run with that wait too.
+  const bool is_next = announced_++ == begun_;
+  if (is_next && config_->stream.pipeline && is_filled(bank_of(job))) find_and_plan(job);
+}
+
+void StreamedExperts::find_and_plan(const ExpertJob& job) {
+  const Found& before = found_of(0);
+  Found& found = found_of(begun_);
+  const bool is_next = begun_++ == 0;
+  found.bank = bank_of(job);
+  found.first_chunk = job.first_chunk();
+  found.is_planned = false;
+  counters_.neurons_seen += (config_->neuron_count - job.first_neuron) * job.tokens;
+  if (ahead_bank_ != found.bank) end_ahead();
+  cache_.begin_tick(found.bank);
+  find(job, found);
+  tune_ahead();
+  // What was begun while the bank before was computed is of the first round, in whose half it lies.
+  if (!is_ahead_guess_ && found.first_chunk > 0) end_ahead();
+  if (is_next) {
+    plan_first(found, ahead_half_);
+  } else if (!before.has_more) {
+    plan_first(found, 1 - before.half);
+  }
+}
+
 Status StreamedExperts::run(const ExpertJob& job) {
-  const size_t bank = bank_of(job);
+  if (announced_ > 0) announced_--;
   if (!passes_through(job)) {
-    Status filled = fill(bank);
+    Status filled = fill(bank_of(job));
     if (!filled.is_ok()) return filled;
   }
-  counters_.neurons_seen += (config_->neuron_count - job.first_neuron) * job.tokens;
   const bool could_ask = std::exchange(could_ask_, false);
   const uint64_t stall_before = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns;
-  if (ahead_bank_ != bank) end_ahead();
-  cache_.begin_tick(bank);
-  order_.begin(bank);
+  if (begun_ == 0) find_and_plan(job);
+  Found& found = found_of(0);
+  order_.begin(found.bank);
   if (takes_tiles(config_->ffn_encoding, job.x)) begin_tiles(job.tokens);
-  find(job, bank);
-  tune_ahead();
   FirstFailure failure;
   failure_ = &failure;
-  Round rounds[2];
-  const auto plan = [&](size_t i, size_t first_chunk) {
-    rounds[i] = round_in(i);
-    return plan_round(bank, first_chunk, &rounds[i]);
-  };
-  // What was begun while the bank before was computed is of the first round, in whose half it lies.
-  const size_t first_chunk = job.first_chunk();
-  if (!is_ahead_guess_ && first_chunk > 0) end_ahead();
-  size_t current = ahead_half_;
-  const bool reads_next = job.predictor_x == nullptr && first_chunk == 0 && knows_next_bank(bank);
-  bool more = plan(current, first_chunk);
-  while (true) {
-    const Round& round = rounds[current];
-    const bool last = !more;
-    if (!last && config_->stream.pipeline) more = plan(1 - current, round.end_chunk);
-    // Both halves are taken while a round that was begun ahead is computed.
-    const bool is_free = last && ahead_.count == 0 && !failure.any();
-    if (is_free && reads_next) read_ahead(bank + 1, 1 - current);
-    compute_round(job, bank, round);
-    settle_round(bank, round, failure.any());
-    if (!is_ahead_guess_ && ahead_bank_ == bank) end_ahead();
-    if (last) break;
-    if (!config_->stream.pipeline) more = plan(1 - current, round.end_chunk);
-    current = 1 - current;
-  }
+  compute_rounds(job, found);
   failure_ = nullptr;
-  if (ahead_bank_ == bank || failure.any()) end_ahead();
+  if (ahead_bank_ == found.bank || failure.any()) end_ahead();
   if (!failure.any()) {
-    add_parts(job);
-    filled_[bank] = 1;
+    add_parts(job, found);
+    filled_[found.bank] = 1;
   }
   collect_counters(job);
+  first_found_++;
+  begun_--;
   const uint64_t stall = stream_counters_.gate_stall_ns + stream_counters_.row_stall_ns - stall_before;
   if (could_ask) judge_asking(static_cast<double>(stall) * 1e-9);
   return failure.take();
 }
 
-/** A round that reads into one of the halves. */
-StreamedExperts::Round StreamedExperts::round_in(size_t half) const {
-  Round round;
-  round.first_phase.reads = requests_.get() + half * half_requests_;
-  round.first_phase.staging = staging_.data() + half * half_bytes(*config_);
-  return round;
+void StreamedExperts::compute_rounds(const ExpertJob& job, Found& found) {
+  Found* next = begun_ > 1 ? &found_of(1) : nullptr;
+  const bool reads_next = job.predictor_x == nullptr && found.first_chunk == 0 && knows_next_bank(found.bank);
+  size_t half = found.half;
+  bool more = found.has_more;
+  while (true) {
+    const Round& round = rounds_[half];
+    const bool last = !more;
+    if (!last && config_->stream.pipeline) more = plan_round(found, round.end_chunk, 1 - half);
+    if (last && !failure_->any()) {
+      if (next != nullptr && !next->is_planned) plan_first(*next, 1 - half);
+      // Both halves are taken while a round that was begun ahead is computed.
+      if (reads_next && ahead_.count == 0) read_ahead(found.bank + 1, 1 - half);
+    }
+    compute_round(job, found, round);
+    settle_round(found, round, failure_->any());
+    if (!is_ahead_guess_ && ahead_bank_ == found.bank) end_ahead();
+    if (last) break;
+    if (!config_->stream.pipeline) more = plan_round(found, round.end_chunk, 1 - half);
+    half = 1 - half;
+  }
+}
+
+void StreamedExperts::cancel() {
+  announced_ = 0;
+  for (; begun_ > 0; begun_--) {
+    Found& found = found_of(0);
+    first_found_++;
+    if (!found.is_planned) continue;
+    const Round& round = rounds_[found.half];
+    // A read that fails now fails again when it is needed.
+    for (size_t i = 0; i < round.first_phase.count; i++) static_cast<void>(reader_->wait(round.first_phase.reads[i]));
+    trace_reads(round.first_phase);
+    settle_round(found, round, true);
+  }
 }
 
 HotRows StreamedExperts::hot_rows(size_t bank) const {
@@ -281,7 +315,7 @@ void StreamedExperts::begin_tiles(size_t tokens) {
              [&](size_t chunk, size_t) { std::fill_n(tile_factors_ + chunk * chunk_length, chunk_length, uint16_t{0}); });
 }
 
-void StreamedExperts::add_parts(const ExpertJob& job) {
+void StreamedExperts::add_parts(const ExpertJob& job, const Found& found) {
   const TraceSpan span(pool_->trace(), TraceStage::kSum);
   const size_t hidden = padded_hidden(*config_);
   const size_t batch = config_->vector_batch();
@@ -293,7 +327,7 @@ void StreamedExperts::add_parts(const ExpertJob& job) {
     });
     return;
   }
-  pool_->run(kParts, [&](size_t part, size_t thread) { add_part(job, part, thread); });
+  pool_->run(kParts, [&](size_t part, size_t thread) { add_part(job, found, part, thread); });
   const auto one = [&](size_t t, size_t) {
     float* out = job.out + t * job.out_stride;
     for (size_t part = 0; part < kParts; part++) {

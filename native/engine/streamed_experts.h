@@ -14,6 +14,10 @@
  *     row stage       rows as they land: up, activation; down rows stay until the sum
  *   sum      the down columns of each part in checkpoint order (sum_order.h), parts in order
  *
+ * Of a mixture, the next expert's job is found while the first reads of this one are under way, and reads its first round
+ * into the half of the staging memory that this one's last round leaves free: flash works for one expert while the other is
+ * computed. Results and slots do not depend on it, since each bank has its own.
+ *
  * Stages of all parts are the tasks of one region, in this order: no part waits for another, and the only barrier is the end
  * of the round (paper section 1.7). The files streamed_find.cc,
  * streamed_plan.cc and streamed_stages.cc hold them; streamed_ahead.cc and streamed_prefetch.cc begin reads before their
@@ -52,7 +56,8 @@ struct StreamCounters {
   uint64_t used_bytes = 0;
   /** Rows that were not read since the gate, read before them, did not fire. */
   uint64_t spared_bytes = 0;
-  /** Time that computing threads waited for reads of gates, and of rows, summed over threads. */
+  /** Time that computing threads waited for reads of gates (and for room to submit more), and of rows, summed over threads.
+   */
   uint64_t gate_stall_ns = 0;
   uint64_t row_stall_ns = 0;
   /** Neurons read ahead, and those of them that were wanted. */
@@ -71,8 +76,14 @@ class StreamedExperts : public Experts {
   static Status check_plans(const EngineConfig& config);
   ~StreamedExperts() override;
 
+  /**
+   * Finds what the job wants, and begins to read it if a half of the staging memory is free. Without the pipeline, or before
+   * its bank is filled, nothing happens before `run`.
+   */
+  void begin(const ExpertJob& job) override;
   Status prepare(const ExpertJob& job) override { return fill(bank_of(job)); }
   Status run(const ExpertJob& job) override;
+  void cancel() override;
   /** Reads what is kept of every bank. Between jobs. */
   Status fill_all();
   /**
@@ -122,7 +133,7 @@ class StreamedExperts : public Experts {
   };
   /**
    * Some chunks whose reads fit half of the staging memory. Room for second phases is kept at the end of requests and
-   * staging: later_[chunk] has it.
+   * staging: Found::later has it.
    */
   struct Round {
     size_t first_chunk = 0;
@@ -132,6 +143,42 @@ class StreamedExperts : public Experts {
     size_t later_bytes = 0;
     size_t planned_bytes = 0;  // that its missing entries can need, and reads
     size_t planned_reads = 0;
+  };
+  /**
+   * What was found of a job. Entries are the wanted neurons of a chunk, at chunk * kNeuronChunk + k: room for all neurons.
+   */
+  struct Found {
+    size_t bank = 0;
+    size_t first_chunk = 0;
+    bool is_planned = false;  // its first round, in half `half`
+    bool has_more = false;    // chunks behind that round
+    size_t half = 0;
+
+    uint32_t* open = nullptr;             // (entry): the neuron
+    uint8_t* state = nullptr;             // (entry): EntryState
+    const uint8_t** part1 = nullptr;      // (entry): its gate, and the scales of its rows if they are on flash
+    const uint8_t** staged_up = nullptr;  // (entry): weights of its rows in staging, if they are read
+    const uint8_t** staged_down = nullptr;
+    const uint8_t** up = nullptr;       // (entry): its up row (if there is a gate); null until it has landed
+    const uint8_t** down = nullptr;     // (entry): its down row likewise
+    ReadRequest** gate_read = nullptr;  // (entry): reads that it waits for
+    ReadRequest** up_read = nullptr;
+    ReadRequest** down_read = nullptr;
+    int32_t* slot = nullptr;         // (entry): slot it will be kept in
+    float* gates = nullptr;          // (entry): one token: product of its gate, then what it adds of its column
+    uint64_t* masks = nullptr;       // (entry, mask words): bit t is set if token t wants it
+    float* batch_gates = nullptr;    // (neuron, batch): gates of several tokens
+    uint32_t* open_count = nullptr;  // (chunk): entries
+    ChunkKind* kinds = nullptr;      // (chunk)
+    ReadList* later = nullptr;       // (chunk): reads of its second phase
+
+    /** One behind the last entry of a chunk. */
+    size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count[chunk]; }
+    /** For stages that run side by side: the gate stage drops missing entries while the resident stage passes over them. */
+    EntryState state_of(size_t entry) const {
+      return static_cast<EntryState>(std::atomic_ref(state[entry]).load(std::memory_order_relaxed));
+    }
+    void set_state(size_t entry, EntryState value) { std::atomic_ref(state[entry]).store(value, std::memory_order_relaxed); }
   };
   /** On cache lines of its own, so that threads do not share one. */
   struct alignas(64) ThreadCounters {
@@ -161,23 +208,24 @@ class StreamedExperts : public Experts {
   size_t carve(const EngineConfig& config, uint8_t* scratch);
 
   Status fill(size_t bank);
-  void find_kept(size_t bank, size_t chunk);
-  void find(const ExpertJob& job, size_t bank);
-  void find_open(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
-  void find_chosen(const ExpertJob& job, size_t bank, size_t chunk, const float* scores, size_t thread);
-  void find_all(size_t bank, size_t chunk, size_t thread);
-  void add_entry(size_t bank, size_t neuron, size_t entry, size_t thread);
+  void find_kept(Found& found, size_t chunk);
+  void find_and_plan(const ExpertJob& job);
+  void find(const ExpertJob& job, Found& found);
+  void find_open(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
+  void find_chosen(const ExpertJob& job, Found& found, size_t chunk, const float* scores, size_t thread);
+  void find_all(Found& found, size_t chunk, size_t thread);
+  void add_entry(Found& found, size_t neuron, size_t entry, size_t thread);
 
-  Round round_in(size_t half) const;
-  bool plan_round(size_t bank, size_t first_chunk, Round* round);
-  void plan_chunk(size_t bank, size_t chunk, Round* round);
-  void plan_rows(size_t bank, size_t entry, ReadList* list, size_t first_read);
-  void keep_room(size_t bank, size_t chunk, Round* round);
+  void plan_first(Found& found, size_t half);
+  bool plan_round(Found& found, size_t first_chunk, size_t half);
+  void plan_chunk(Found& found, size_t chunk, Round* round);
+  void plan_rows(Found& found, size_t entry, ReadList* list, size_t first_read);
+  void keep_room(Found& found, size_t chunk, Round* round);
   ReadRequest& add_range(size_t begin, size_t end, ReadList* list, size_t first_read);
-  void submit_rows(size_t bank, size_t chunk, size_t thread);
-  void settle_round(size_t bank, const Round& round, bool failed);
-  void keep_fired(size_t bank, size_t chunk);
-  void submit(const ReadList& list);
+  void submit_rows(Found& found, size_t chunk, size_t thread);
+  void settle_round(Found& found, const Round& round, bool failed);
+  void keep_fired(Found& found, size_t chunk);
+  uint64_t submit(const ReadList& list);
   void trace_reads(const ReadList& list);
   void trace_counters();
 
@@ -191,50 +239,48 @@ class StreamedExperts : public Experts {
   void end_ahead();
   void forget_ahead();
 
-  void compute_round(const ExpertJob& job, size_t bank, const Round& round);
-  void run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part, size_t thread);
-  void resident_stage(const ExpertJob& job, const Round& round, size_t first, size_t thread);
-  void gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread);
-  void row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread);
-  size_t list_entries(size_t chunk, EntryState state, uint32_t* entries) const;
-  void multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
-  void multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread);
-  bool land_gates(size_t bank, size_t chunk, size_t thread);
-  bool land_rows(size_t bank, size_t chunk, size_t thread);
-  void unpack_rows(size_t entry, const KeptRows& to);
-  size_t activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread);
-  void activate_batch(const ExpertJob& job, size_t chunk, size_t thread);
-  void add_part(const ExpertJob& job, size_t part, size_t thread);
+  void compute_rounds(const ExpertJob& job, Found& found);
+  void compute_round(const ExpertJob& job, Found& found, const Round& round);
+  void run_stage(const ExpertJob& job, Found& found, const Round& round, size_t stage, size_t part, size_t thread);
+  void resident_stage(const ExpertJob& job, Found& found, const Round& round, size_t first, size_t thread);
+  void gate_stage(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
+  void row_stage(const ExpertJob& job, Found& found, const Round& round, size_t part, size_t thread);
+  static size_t list_entries(const Found& found, size_t chunk, EntryState state, uint32_t* entries);
+  void multiply_gates(const ExpertJob& job, Found& found, const uint32_t* entries, size_t count, size_t thread);
+  void multiply_batch_gates(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
+  bool land_gates(Found& found, size_t chunk, size_t thread);
+  bool land_rows(Found& found, size_t chunk, size_t thread);
+  void unpack_rows(const Found& found, size_t entry, const KeptRows& to);
+  size_t activate_entries(const ExpertJob& job, Found& found, const uint32_t* entries, size_t count, size_t thread);
+  void activate_batch(const ExpertJob& job, Found& found, size_t chunk, size_t thread);
+  void add_part(const ExpertJob& job, const Found& found, size_t part, size_t thread);
   bool wait_for(ReadRequest& request, uint64_t* stall_ns);
-  void wait_everything(const Round& round);
-  bool is_sound(size_t bank, size_t entry, size_t part);
+  void wait_everything(const Found& found, const Round& round);
+  bool is_sound(const Found& found, size_t entry, size_t part);
   void begin_tiles(size_t tokens);
-  void add_parts(const ExpertJob& job);
+  void add_parts(const ExpertJob& job, const Found& found);
   void collect_counters(const ExpertJob& job);
 
-  size_t chunks() const { return chunk_total(config_->neuron_count); }
   size_t bank_of(const ExpertJob& job) const { return job.layer_index * config_->expert_count + job.expert_index; }
+  /** What was found of the `place`-th of the jobs that are begun, or will be of one that is not yet. */
+  Found& found_of(size_t place) { return found_[(first_found_ + place) % found_count(*config_)]; }
+  size_t chunks() const { return chunk_total(config_->neuron_count); }
   bool is_filled(size_t bank) const { return filled_[bank] != 0; }
   /** Whether a job takes every neuron of a bank that is not filled, and so fills it. */
   bool passes_through(const ExpertJob& job) const { return job.predictor_x == nullptr && job.first_neuron == 0; }
   /** Bytes that a missing entry of the chunk asks flash for, if it fires. */
-  size_t missing_bytes(size_t chunk) const {
-    return config_->layout.part2_bytes + (kinds_[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
+  size_t missing_bytes(const Found& found, size_t chunk) const {
+    return config_->layout.part2_bytes + (found.kinds[chunk] == ChunkKind::kGates ? 0 : config_->layout.part1_bytes);
   }
   /** Whether a second phase reads the rows of an entry: what was read ahead came whole. */
-  bool wants_rows(size_t entry) const { return state_[entry] == kMissing && !is_ahead(gate_read_[entry]); }
-  /** For stages that run side by side: the gate stage drops missing entries while the resident stage passes over them. */
-  EntryState state_of(size_t entry) const {
-    return static_cast<EntryState>(std::atomic_ref(state_[entry]).load(std::memory_order_relaxed));
+  bool wants_rows(const Found& found, size_t entry) const {
+    return found.state[entry] == kMissing && !is_ahead(found.gate_read[entry]);
   }
-  void set_state(size_t entry, EntryState state) { std::atomic_ref(state_[entry]).store(state, std::memory_order_relaxed); }
   /** Rows of hot neurons and of slots lie alike. */
   KeptRows slot_rows(uint8_t* slot) const {
     uint8_t* up = slot + (keeps_gates(*config_) ? row_bytes_ : 0);
     return {keeps_gates(*config_) ? slot : nullptr, up, up + (config_->gated ? row_bytes_ : 0)};
   }
-  /** One behind the last entry of a chunk. */
-  size_t end_entry(size_t chunk) const { return chunk * kNeuronChunk + open_count_[chunk]; }
   size_t mask_words() const { return (config_->batch_size + 63) / 64; }
 
   const EngineConfig* config_;
@@ -254,27 +300,15 @@ class StreamedExperts : public Experts {
   size_t weight_bytes_ = 0;  // of a row, without its scales
   bool two_phases_ = false;
 
-  // Entries: wanted neurons of a chunk, at chunk * kNeuronChunk + k. (neurons) each.
-  uint32_t* open_ = nullptr;             // the neuron
-  uint8_t* state_ = nullptr;             // EntryState
-  const uint8_t** part1_ = nullptr;      // its gate, and the scales of its rows if they are on flash
-  const uint8_t** staged_up_ = nullptr;  // weights of its rows in staging, if they are read
-  const uint8_t** staged_down_ = nullptr;
-  const uint8_t** up_ = nullptr;       // its up row (if there is a gate); null until it has landed
-  const uint8_t** down_ = nullptr;     // its down row likewise
-  ReadRequest** gate_read_ = nullptr;  // reads that it waits for
-  ReadRequest** up_read_ = nullptr;
-  ReadRequest** down_read_ = nullptr;
-  int32_t* slot_ = nullptr;              // slot it will be kept in
-  float* gates_ = nullptr;               // one token: product of its gate, then what it adds of its column
-  uint64_t* masks_ = nullptr;            // (mask words): bit t is set if token t wants it
-  uint32_t* open_count_ = nullptr;       // (chunk)
-  ChunkKind* kinds_ = nullptr;           // (chunk)
-  ReadList* later_ = nullptr;            // (chunk): reads of its second phase
+  /** Of the job that is computed and, of a mixture, of the one behind it. */
+  Found found_[2];
+  size_t first_found_ = 0;               // whose turn is next
+  size_t announced_ = 0;                 // jobs that will be run, begun or not
+  size_t begun_ = 0;                     // jobs that were found and not computed yet
+  Round rounds_[2];                      // (half)
   uint16_t* tile_factors_ = nullptr;     // the same for the matrix unit, as tiles.h lays it out
   const uint8_t** column_of_ = nullptr;  // (neuron in checkpoint order): its down column, or null: it does not fire
   float* factors_ = nullptr;             // (neuron, batch): what several tokens get of a column
-  float* batch_gates_ = nullptr;         // (neuron, batch): gates of several tokens
   float* ups_ = nullptr;                 // (thread, batch, chunk)
   uint8_t* landing_ = nullptr;           // (thread, neuron of a chunk): up rows of neurons that get no slot
   uint8_t* retained_ = nullptr;  // (neuron): down rows of those that get no slot; for several tokens, of all that fire

@@ -21,24 +21,22 @@ Status StreamedExperts::fill(size_t bank) {
   const TraceSpan span(pool_->trace(), TraceStage::kFill);
   // Whatever was begun lies where this reads to.
   end_ahead();
-  for (size_t chunk = 0; chunk < chunks(); chunk++) find_kept(bank, chunk);
+  Found& found = found_of(0);
+  found.bank = bank;
+  for (size_t chunk = 0; chunk < chunks(); chunk++) find_kept(found, chunk);
   FirstFailure failure;
   failure_ = &failure;
-  Round rounds[2] = {round_in(0), {}};
-  bool more = plan_round(bank, 0, &rounds[0]);
-  for (size_t current = 0;; current = 1 - current) {
-    const Round& round = rounds[current];
+  bool more = plan_round(found, 0, 0);
+  for (size_t half = 0;; half = 1 - half) {
+    const Round& round = rounds_[half];
     // After a failure, only what is under way is waited for.
     const bool last = !more || failure.any();
-    if (!last) {
-      rounds[1 - current] = round_in(1 - current);
-      more = plan_round(bank, round.end_chunk, &rounds[1 - current]);
-    }
+    if (!last) more = plan_round(found, round.end_chunk, 1 - half);
     pool_->run(round.end_chunk - round.first_chunk, [&](size_t task, size_t thread) {
       const size_t chunk = round.first_chunk + task;
-      if (!failure.any() && land_gates(bank, chunk, thread)) static_cast<void>(land_rows(bank, chunk, thread));
+      if (!failure.any() && land_gates(found, chunk, thread)) static_cast<void>(land_rows(found, chunk, thread));
     });
-    wait_everything(round);
+    wait_everything(found, round);
     trace_reads(round.first_phase);
     if (last) break;
   }
@@ -57,18 +55,18 @@ Status StreamedExperts::fill_all() {
 }
 
 /** The neurons of a chunk that have a place are its entries, all of them on flash. */
-void StreamedExperts::find_kept(size_t bank, size_t chunk) {
+void StreamedExperts::find_kept(Found& found, size_t chunk) {
   const size_t first = chunk * kNeuronChunk;
   const size_t end = std::min(first + kNeuronChunk, config_->neuron_count);
   size_t entry = first;
   for (size_t neuron = first; neuron < end; neuron++) {
-    if (cache_.part1(bank, neuron) == nullptr && cache_.first_rows(bank, neuron) == nullptr) continue;
-    open_[entry] = static_cast<uint32_t>(neuron);
-    slot_[entry] = NeuronCache::kNoSlot;
-    state_[entry++] = kMissing;
+    if (cache_.part1(found.bank, neuron) == nullptr && cache_.first_rows(found.bank, neuron) == nullptr) continue;
+    found.open[entry] = static_cast<uint32_t>(neuron);
+    found.slot[entry] = NeuronCache::kNoSlot;
+    found.state[entry++] = kMissing;
   }
-  open_count_[chunk] = static_cast<uint32_t>(entry - first);
-  kinds_[chunk] = ChunkKind::kWhole;
+  found.open_count[chunk] = static_cast<uint32_t>(entry - first);
+  found.kinds[chunk] = ChunkKind::kWhole;
 }
 
 }  // namespace pi2

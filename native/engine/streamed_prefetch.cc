@@ -46,6 +46,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   if (!is_asked_) return;
   const auto start = std::chrono::steady_clock::now();
   // Candidates of a chunk take the places of its entries: there are none between two jobs.
+  Found& found = found_of(0);
   predictor_->begin(job, true);
   // Several tokens are scored a group at a time.
   const size_t most_groups = job.tokens == 1 ? Predictor::kMostGroups : 1;
@@ -54,7 +55,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
     size_t first = block * most_groups;
     size_t last = std::min(first + most_groups, groups);
     for (size_t chunk = first * kChunksPerGroup; chunk < std::min(last * kChunksPerGroup, chunks()); chunk++) {
-      open_count_[chunk] = 0;
+      found.open_count[chunk] = 0;
     }
     const auto is_worth_it = [&](size_t group) { return cache_.fired_elsewhere(bank, group) >= kLeastFired; };
     while (first < last && !is_worth_it(first)) first++;
@@ -72,9 +73,9 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
       for (size_t t = 1; t < job.tokens; t++) best = std::max(best, scores[t * kGroup + j]);
       if (!(best >= predictor_->threshold(job.layer_index, neuron, false))) continue;
       const size_t chunk = neuron / kNeuronChunk;
-      const size_t entry = chunk * kNeuronChunk + open_count_[chunk]++;
-      open_[entry] = static_cast<uint32_t>(neuron);
-      gates_[entry] = best;
+      const size_t entry = chunk * kNeuronChunk + found.open_count[chunk]++;
+      found.open[entry] = static_cast<uint32_t>(neuron);
+      found.gates[entry] = best;
     }
   });
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
@@ -82,25 +83,25 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
   // All candidates to the front, the likeliest of them first, then in the order of flash.
   size_t count = 0;
   for (size_t chunk = 0; chunk < chunks(); chunk++) {
-    for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++, count++) {
-      open_[count] = open_[entry];
+    for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++, count++) {
+      found.open[count] = found.open[entry];
       // By neuron: entry numbers are at most neuron numbers, so no score that is still needed is overwritten.
-      gates_[count] = gates_[entry];
+      found.gates[count] = found.gates[entry];
     }
   }
   if (count > most) {
     // The score of the last one that is taken.
-    std::copy_n(gates_, count, batch_gates_);
-    std::nth_element(batch_gates_, batch_gates_ + most - 1, batch_gates_ + count, std::greater<float>());
-    const float least = batch_gates_[most - 1];
+    std::copy_n(found.gates, count, found.batch_gates);
+    std::nth_element(found.batch_gates, found.batch_gates + most - 1, found.batch_gates + count, std::greater<float>());
+    const float least = found.batch_gates[most - 1];
     size_t kept = 0;
     for (size_t i = 0; i < count && kept < most; i++) {
-      if (gates_[i] >= least) open_[kept++] = open_[i];
+      if (found.gates[i] >= least) found.open[kept++] = found.open[i];
     }
     count = kept;
   }
   for (size_t i = 0; i < count; i++) {
-    const size_t neuron = open_[i];
+    const size_t neuron = found.open[i];
     const size_t base = config_->expert_offsets[bank];
     const size_t begin = base + layout.part1_at(neuron);
     const size_t end = base + layout.part2_at(neuron) + layout.part2_bytes;
@@ -109,7 +110,7 @@ void StreamedExperts::prefetch(const ExpertJob& job) {
     ahead_neurons_[ahead_count_++] = static_cast<uint32_t>(neuron);
   }
   if (ahead_.count == 0) return;
-  submit(ahead_);
+  stream_counters_.row_stall_ns += submit(ahead_) * pool_->threads();
   stream_counters_.reads += ahead_.count;
   stream_counters_.read_bytes += ahead_.staged_bytes;
   stream_counters_.asked_bytes += ahead_count_ * (layout.part1_bytes + layout.part2_bytes);

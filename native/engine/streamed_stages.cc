@@ -20,40 +20,40 @@ constexpr int kSpins = 2000;
 
 }  // namespace
 
-void StreamedExperts::compute_round(const ExpertJob& job, size_t bank, const Round& round) {
+void StreamedExperts::compute_round(const ExpertJob& job, Found& found, const Round& round) {
   const TraceSpan span(pool_->trace(), TraceStage::kRound);
   for (size_t part = 0; part < kParts; part++) progress_[part].stages.store(0, std::memory_order_relaxed);
   if (config_->stream.pipeline) {
     // Tasks begin in this order, and none waits for a later one.
     pool_->run(kStages * kParts,
-               [&](size_t task, size_t thread) { run_stage(job, bank, round, task / kParts, task % kParts, thread); });
+               [&](size_t task, size_t thread) { run_stage(job, found, round, task / kParts, task % kParts, thread); });
   } else {
     // One matrix after the other, nothing computed while reads are under way: what the pipeline is measured against.
     for (size_t stage = 0; stage < kStages; stage++) {
       const auto start = std::chrono::steady_clock::now();
-      wait_everything(round);
+      wait_everything(found, round);
       const auto waited = std::chrono::steady_clock::now() - start;
       const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count();
       (stage == 0 ? stream_counters_.gate_stall_ns : stream_counters_.row_stall_ns) +=
           static_cast<uint64_t>(ns) * pool_->threads();
-      pool_->run(kParts, [&](size_t part, size_t thread) { run_stage(job, bank, round, stage, part, thread); });
+      pool_->run(kParts, [&](size_t part, size_t thread) { run_stage(job, found, round, stage, part, thread); });
     }
   }
   // Whatever happened, no read may arrive in memory that is used again.
-  wait_everything(round);
+  wait_everything(found, round);
   trace_reads(round.first_phase);
-  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) trace_reads(later_[chunk]);
+  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) trace_reads(found.later[chunk]);
 }
 
-void StreamedExperts::wait_everything(const Round& round) {
+void StreamedExperts::wait_everything(const Found& found, const Round& round) {
   const auto wait = [&](const ReadList& list) {
     for (size_t i = 0; i < list.count; i++) failure_->meet(reader_->wait(list.reads[i]));
   };
   wait(round.first_phase);
-  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) wait(later_[chunk]);
+  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) wait(found.later[chunk]);
 }
 
-void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& round, size_t stage, size_t part,
+void StreamedExperts::run_stage(const ExpertJob& job, Found& found, const Round& round, size_t stage, size_t part,
                                 size_t thread) {
   const TraceSpan span(pool_->trace(), kStageNames[stage]);
   // The part's first chunk of the round.
@@ -67,72 +67,72 @@ void StreamedExperts::run_stage(const ExpertJob& job, size_t bank, const Round& 
         std::this_thread::yield();
       }
     }
-    row_stage(job, bank, round, part, thread);
+    row_stage(job, found, round, part, thread);
     return;
   }
   if (stage == 1) {
     for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
-      gate_stage(job, bank, chunk, thread);
+      gate_stage(job, found, chunk, thread);
     }
   } else if (job.is_single()) {
-    resident_stage(job, round, first, thread);
+    resident_stage(job, found, round, first, thread);
   }
   progress.fetch_add(1, std::memory_order_release);
 }
 
 /** One token: entries in memory, of as many chunks together as fit a list. */
-void StreamedExperts::resident_stage(const ExpertJob& job, const Round& round, size_t first, size_t thread) {
+void StreamedExperts::resident_stage(const ExpertJob& job, Found& found, const Round& round, size_t first, size_t thread) {
   uint32_t entries[kListRoom];
   size_t count = 0;
   for (size_t chunk = first; chunk < round.end_chunk; chunk += kParts) {
-    count += list_entries(chunk, kResident, entries + count);
+    count += list_entries(found, chunk, kResident, entries + count);
     if (count + kNeuronChunk <= kListRoom && chunk + kParts < round.end_chunk) continue;
     // Gates kept apart were multiplied to find out which neurons fire.
-    if (keeps_gates(*config_)) multiply_gates(job, entries, count, thread);
-    activate_entries(job, entries, count, thread);
+    if (keeps_gates(*config_)) multiply_gates(job, found, entries, count, thread);
+    activate_entries(job, found, entries, count, thread);
     count = 0;
   }
 }
 
 /** Gates of entries on flash; of all entries, for several tokens. Entries that do not fire are dropped. */
-void StreamedExperts::gate_stage(const ExpertJob& job, size_t bank, size_t chunk, size_t thread) {
-  if (kinds_[chunk] == ChunkKind::kGates || !land_gates(bank, chunk, thread)) return;
+void StreamedExperts::gate_stage(const ExpertJob& job, Found& found, size_t chunk, size_t thread) {
+  if (found.kinds[chunk] == ChunkKind::kGates || !land_gates(found, chunk, thread)) return;
   if (job.is_single()) {
     uint32_t entries[kNeuronChunk];
-    multiply_gates(job, entries, list_entries(chunk, kMissing, entries), thread);
+    multiply_gates(job, found, entries, list_entries(found, chunk, kMissing, entries), thread);
   } else {
-    multiply_batch_gates(job, chunk, thread);
+    multiply_batch_gates(job, found, chunk, thread);
   }
-  const bool two_phases = kinds_[chunk] == ChunkKind::kPredicted && two_phases_;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] != kMissing) continue;
+  const bool two_phases = found.kinds[chunk] == ChunkKind::kPredicted && two_phases_;
+  for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
+    if (found.state[entry] != kMissing) continue;
     bool fires = false;
     if (job.is_single()) {
-      fires = gate_fires(*config_, gates_[entry]);
+      fires = gate_fires(*config_, found.gates[entry]);
     } else {
-      const float* gates = batch_gates_ + open_[entry] * config_->batch_size;
+      const float* gates = found.batch_gates + found.open[entry] * config_->batch_size;
       for (size_t t = 0; t < job.tokens && !fires; t++) fires = gate_fires(*config_, gates[t]);
     }
     if (fires) continue;
-    set_state(entry, kDropped);
-    gates_[entry] = 0.0f;
+    found.set_state(entry, kDropped);
+    found.gates[entry] = 0.0f;
     if (two_phases) thread_counters_[thread].stream.spared_bytes += config_->layout.part2_bytes;
   }
-  if (two_phases) submit_rows(bank, chunk, thread);
+  if (two_phases) submit_rows(found, chunk, thread);
 }
 
 /** Rows as they land. */
-void StreamedExperts::row_stage(const ExpertJob& job, size_t bank, const Round& round, size_t part, size_t thread) {
+void StreamedExperts::row_stage(const ExpertJob& job, Found& found, const Round& round, size_t part, size_t thread) {
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
   for (size_t chunk = first; chunk < round.end_chunk && !failure_->any(); chunk += kParts) {
-    if (!land_rows(bank, chunk, thread)) return;
+    if (!land_rows(found, chunk, thread)) return;
     if (!job.is_single()) {
-      activate_batch(job, chunk, thread);
+      activate_batch(job, found, chunk, thread);
     } else {
       uint32_t entries[kNeuronChunk];
-      const size_t count = list_entries(chunk, kMissing, entries);
-      const size_t fired = activate_entries(job, entries, count, thread);
-      thread_counters_[thread].stream.used_bytes += fired * missing_bytes(chunk);
+      const size_t count = list_entries(found, chunk, kMissing, entries);
+      const size_t fired = activate_entries(job, found, entries, count, thread);
+      thread_counters_[thread].stream.used_bytes += fired * missing_bytes(found, chunk);
     }
   }
 }
@@ -150,59 +150,60 @@ bool StreamedExperts::wait_for(ReadRequest& request, uint64_t* stall_ns) {
 }
 
 /** Whether bytes from flash are those that the converter wrote. */
-bool StreamedExperts::is_sound(size_t bank, size_t entry, size_t part) {
-  const size_t neuron = open_[entry];
+bool StreamedExperts::is_sound(const Found& found, size_t entry, size_t part) {
+  const size_t neuron = found.open[entry];
   uint32_t expected;
-  std::memcpy(&expected, checksums_[bank] + (2 * neuron + part) * sizeof expected, sizeof expected);
+  std::memcpy(&expected, checksums_[found.bank] + (2 * neuron + part) * sizeof expected, sizeof expected);
   uint32_t sum = 0;
   if (part == 0) {
-    sum = crc32(part1_[entry], config_->layout.part1_bytes, 0);
+    sum = crc32(found.part1[entry], config_->layout.part1_bytes, 0);
   } else {
-    if (config_->gated) sum = crc32(staged_up_[entry], weight_bytes_, 0);
-    sum = crc32(staged_down_[entry], weight_bytes_, sum);
+    if (config_->gated) sum = crc32(found.staged_up[entry], weight_bytes_, 0);
+    sum = crc32(found.staged_down[entry], weight_bytes_, sum);
   }
   if (sum == expected) return true;
   const std::string expert =
-      config_->expert_count > 1 ? ", expert " + std::to_string(bank % config_->expert_count) : std::string();
-  failure_->meet(Status::checksum("layer " + std::to_string(bank / config_->expert_count) + expert + ", neuron " +
+      config_->expert_count > 1 ? ", expert " + std::to_string(found.bank % config_->expert_count) : std::string();
+  failure_->meet(Status::checksum("layer " + std::to_string(found.bank / config_->expert_count) + expert + ", neuron " +
                                   std::to_string(neuron) + " of " + config_->neurons_path +
                                   ": the bytes read from flash do not match their checksum"));
   return false;
 }
 
 /** Waits for the gates of a chunk, neuron by neuron; those that are kept for good go where they belong. */
-bool StreamedExperts::land_gates(size_t bank, size_t chunk, size_t thread) {
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] != kMissing) continue;
-    if (!wait_for(*gate_read_[entry], &thread_counters_[thread].stream.gate_stall_ns)) return false;
-    if (!is_sound(bank, entry, 0)) return false;
-    uint8_t* kept = is_filled(bank) ? nullptr : cache_.part1(bank, open_[entry]);
-    if (kept != nullptr) std::memcpy(kept, part1_[entry], config_->layout.part1_bytes);
+bool StreamedExperts::land_gates(Found& found, size_t chunk, size_t thread) {
+  for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
+    if (found.state[entry] != kMissing) continue;
+    if (!wait_for(*found.gate_read[entry], &thread_counters_[thread].stream.gate_stall_ns)) return false;
+    if (!is_sound(found, entry, 0)) return false;
+    uint8_t* kept = is_filled(found.bank) ? nullptr : cache_.part1(found.bank, found.open[entry]);
+    if (kept != nullptr) std::memcpy(kept, found.part1[entry], config_->layout.part1_bytes);
   }
   return true;
 }
 
 /** Writes the entries of a chunk that are in a state, and returns how many. */
-size_t StreamedExperts::list_entries(size_t chunk, EntryState state, uint32_t* entries) const {
+size_t StreamedExperts::list_entries(const Found& found, size_t chunk, EntryState state, uint32_t* entries) {
   size_t count = 0;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
+  for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
     entries[count] = static_cast<uint32_t>(entry);
-    count += state_of(entry) == state;
+    count += found.state_of(entry) == state;
   }
   return count;
 }
 
-/** One token: raw products of the gates of up to kListRoom entries, wherever they are, into gates_. */
-void StreamedExperts::multiply_gates(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread) {
+/** One token: raw products of the gates of up to kListRoom entries, wherever they are, into found.gates. */
+void StreamedExperts::multiply_gates(const ExpertJob& job, Found& found, const uint32_t* entries, size_t count,
+                                     size_t thread) {
   if (count == 0) return;
   const uint8_t* rows[kListRoom] = {};
   float products[kListRoom];
-  for (size_t k = 0; k < count; k++) rows[k] = part1_[entries[k]];
+  for (size_t k = 0; k < count; k++) rows[k] = found.part1[entries[k]];
   multiply_list(*kernels_, config_->ffn_encoding, rows, count, job.x, products);
   thread_counters_[thread].rows += count;
   const Matrix& bias = job.layer.up_bias;
   for (size_t k = 0; k < count; k++) {
-    gates_[entries[k]] = products[k] + (bias.exists() ? bias.floats()[open_[entries[k]]] : 0.0f);
+    found.gates[entries[k]] = products[k] + (bias.exists() ? bias.floats()[found.open[entries[k]]] : 0.0f);
   }
 }
 
@@ -210,22 +211,22 @@ void StreamedExperts::multiply_gates(const ExpertJob& job, const uint32_t* entri
  * Several tokens: the same for all entries of the chunk. A token that does not want a neuron gets the gate 0, which adds 0
  * with every activation.
  */
-void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, size_t thread) {
+void StreamedExperts::multiply_batch_gates(const ExpertJob& job, Found& found, size_t chunk, size_t thread) {
   const size_t first = chunk * kNeuronChunk;
-  const size_t count = open_count_[chunk];
+  const size_t count = found.open_count[chunk];
   const size_t batch = config_->batch_size;
   uint8_t* rows = compact_ + thread * kNeuronChunk * row_bytes_;
-  for (size_t k = 0; k < count; k++) std::memcpy(rows + k * row_bytes_, part1_[first + k], row_bytes_);
+  for (size_t k = 0; k < count; k++) std::memcpy(rows + k * row_bytes_, found.part1[first + k], row_bytes_);
   float* products = ups_ + thread * batch * kNeuronChunk;  // (token, entry of the chunk)
   multiply(*kernels_, config_->ffn_encoding, {rows, rows + weight_bytes_, row_bytes_}, count, job.x, job.tokens, products,
            kNeuronChunk);
   thread_counters_[thread].rows += count;
   const Matrix& bias = job.layer.up_bias;
-  const bool masked = kinds_[chunk] == ChunkKind::kPredicted;
+  const bool masked = found.kinds[chunk] == ChunkKind::kPredicted;
   for (size_t k = 0; k < count; k++) {
-    const size_t neuron = open_[first + k];
-    const uint64_t* mask = masks_ + (first + k) * mask_words();
-    float* gates = batch_gates_ + neuron * batch;
+    const size_t neuron = found.open[first + k];
+    const uint64_t* mask = found.masks + (first + k) * mask_words();
+    float* gates = found.batch_gates + neuron * batch;
     for (size_t t = 0; t < job.tokens; t++) {
       const bool is_wanted = !masked || (mask[t / 64] >> t % 64 & 1) != 0;
       const float gate = products[t * kNeuronChunk + k] + (bias.exists() ? bias.floats()[neuron] : 0.0f);
@@ -234,8 +235,9 @@ void StreamedExperts::multiply_batch_gates(const ExpertJob& job, size_t chunk, s
   }
 }
 
-/** One token: what up to kListRoom entries add of their columns, into gates_; 0 if they do not fire. How many do. */
-size_t StreamedExperts::activate_entries(const ExpertJob& job, const uint32_t* entries, size_t count, size_t thread) {
+/** One token: what up to kListRoom entries add of their columns, into found.gates; 0 if they do not fire. How many do. */
+size_t StreamedExperts::activate_entries(const ExpertJob& job, Found& found, const uint32_t* entries, size_t count,
+                                         size_t thread) {
   const uint8_t* rows[kListRoom];
   uint32_t open[kListRoom];  // entries whose gate fires
   float ups[kListRoom];
@@ -243,12 +245,12 @@ size_t StreamedExperts::activate_entries(const ExpertJob& job, const uint32_t* e
   size_t open_count = 0;
   for (size_t k = 0; k < count; k++) {
     const uint32_t entry = entries[k];
-    if (!gate_fires(*config_, gates_[entry])) {
-      gates_[entry] = 0.0f;
+    if (!gate_fires(*config_, found.gates[entry])) {
+      found.gates[entry] = 0.0f;
       continue;
     }
-    rows[open_count] = up_[entry];
-    values[open_count] = gates_[entry];
+    rows[open_count] = found.up[entry];
+    values[open_count] = found.gates[entry];
     open[open_count++] = entry;
   }
   if (open_count == 0) return 0;
@@ -262,27 +264,27 @@ size_t StreamedExperts::activate_entries(const ExpertJob& job, const uint32_t* e
   size_t fired = 0;
   for (size_t k = 0; k < open_count; k++) {
     const uint32_t entry = open[k];
-    gates_[entry] = job.share(0) * values[k];
+    found.gates[entry] = job.share(0) * values[k];
     if (values[k] == 0.0f) continue;
     fired++;
-    order_.place(open_[entry], gates_[entry], entry);
-    if (job.fired.wanted()) job.fired.mark(0, open_[entry]);
+    order_.place(found.open[entry], found.gates[entry], entry);
+    if (job.fired.wanted()) job.fired.mark(0, found.open[entry]);
   }
   thread_counters_[thread].fired += fired;
   return fired;
 }
 
-void StreamedExperts::unpack_rows(size_t entry, const KeptRows& to) {
+void StreamedExperts::unpack_rows(const Found& found, size_t entry, const KeptRows& to) {
   const size_t scales = row_bytes_ - weight_bytes_;
-  const uint8_t* next_scales = part1_[entry] + weight_bytes_;
+  const uint8_t* next_scales = found.part1[entry] + weight_bytes_;
   const auto unpack = [&](const uint8_t* weights, uint8_t* row) {
     next_scales += scales;
     std::memcpy(row, weights, weight_bytes_);
     std::memcpy(row + weight_bytes_, next_scales, scales);
   };
-  if (to.gate != nullptr) std::memcpy(to.gate, part1_[entry], row_bytes_);
-  if (config_->gated) unpack(staged_up_[entry], to.up);
-  unpack(staged_down_[entry], to.down);
+  if (to.gate != nullptr) std::memcpy(to.gate, found.part1[entry], row_bytes_);
+  if (config_->gated) unpack(found.staged_up[entry], to.up);
+  unpack(found.staged_down[entry], to.down);
 }
 
 /**
@@ -290,26 +292,27 @@ void StreamedExperts::unpack_rows(size_t entry, const KeptRows& to) {
  * will be kept, else the up row into the thread's landing memory and the down row to those that stay until the sum. While a
  * bank is filled, what has a place there is kept although it does not fire.
  */
-bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t thread) {
-  const bool fills = !is_filled(bank);
+bool StreamedExperts::land_rows(Found& found, size_t chunk, size_t thread) {
+  const bool fills = !is_filled(found.bank);
   uint64_t* stall_ns = &thread_counters_[thread].stream.row_stall_ns;
   size_t landed = 0;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    uint8_t* place = fills ? cache_.first_rows(bank, open_[entry]) : nullptr;
-    const bool is_wanted = state_[entry] == kMissing || (state_[entry] == kDropped && place != nullptr);
+  for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
+    const size_t neuron = found.open[entry];
+    uint8_t* place = fills ? cache_.first_rows(found.bank, neuron) : nullptr;
+    const bool is_wanted = found.state[entry] == kMissing || (found.state[entry] == kDropped && place != nullptr);
     if (!is_wanted) continue;
-    if (!wait_for(*up_read_[entry], stall_ns) || !wait_for(*down_read_[entry], stall_ns)) return false;
-    if (!is_sound(bank, entry, 1)) return false;
-    if (slot_[entry] != NeuronCache::kNoSlot) place = cache_.slot(bank, slot_[entry]);
-    KeptRows to{nullptr, landing_ + (thread * kNeuronChunk + landed) * row_bytes_, retained_ + open_[entry] * row_bytes_};
+    if (!wait_for(*found.up_read[entry], stall_ns) || !wait_for(*found.down_read[entry], stall_ns)) return false;
+    if (!is_sound(found, entry, 1)) return false;
+    if (found.slot[entry] != NeuronCache::kNoSlot) place = cache_.slot(found.bank, found.slot[entry]);
+    KeptRows to{nullptr, landing_ + (thread * kNeuronChunk + landed) * row_bytes_, retained_ + neuron * row_bytes_};
     if (place != nullptr) {
       to = slot_rows(place);
     } else {
       landed++;
     }
-    unpack_rows(entry, to);
-    up_[entry] = to.up;
-    down_[entry] = to.down;
+    unpack_rows(found, entry, to);
+    found.up[entry] = to.up;
+    found.down[entry] = to.down;
   }
   return true;
 }
@@ -318,14 +321,14 @@ bool StreamedExperts::land_rows(size_t bank, size_t chunk, size_t thread) {
  * Several tokens: up rows are laid one behind another for the kernels of whole matrices; down rows of neurons that fire for
  * any token are laid out by neuron, for the sum.
  */
-void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t thread) {
+void StreamedExperts::activate_batch(const ExpertJob& job, Found& found, size_t chunk, size_t thread) {
   const size_t batch = config_->batch_size;
   uint8_t* rows = compact_ + thread * kNeuronChunk * row_bytes_;
   uint32_t entries[kNeuronChunk];
   size_t count = 0;
-  for (size_t entry = chunk * kNeuronChunk; entry < end_entry(chunk); entry++) {
-    if (state_[entry] == kDropped) continue;
-    if (config_->gated) std::memcpy(rows + count * row_bytes_, up_[entry], row_bytes_);
+  for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
+    if (found.state[entry] == kDropped) continue;
+    if (config_->gated) std::memcpy(rows + count * row_bytes_, found.up[entry], row_bytes_);
     entries[count++] = static_cast<uint32_t>(entry);
   }
   float* ups = ups_ + thread * batch * kNeuronChunk;  // (token, neuron of the chunk)
@@ -338,8 +341,8 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
   const bool on_tiles = takes_tiles(config_->ffn_encoding, job.x);
   for (size_t k = 0; k < count; k++) {
     float values[kNeuronChunk];
-    const size_t neuron = open_[entries[k]];
-    float* gates = batch_gates_ + neuron * batch;
+    const size_t neuron = found.open[entries[k]];
+    float* gates = found.batch_gates + neuron * batch;
     float* factors = on_tiles ? gates : factors_ + neuron * config_->vector_batch();
     size_t fired = 0;
     for (size_t begin = 0; begin < job.tokens; begin += kNeuronChunk) {
@@ -355,21 +358,21 @@ void StreamedExperts::activate_batch(const ExpertJob& job, size_t chunk, size_t 
     }
     counters.fired += fired;
     if (fired == 0) continue;
-    if (state_[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(chunk);
+    if (found.state[entries[k]] == kMissing) counters.stream.used_bytes += missing_bytes(found, chunk);
     if (on_tiles) {
       const size_t number = order_.number(neuron);
       kernels_->tiles->put_factors(factors, 1, job.tokens, number, tile_factors_);
-      column_of_[number] = down_[entries[k]];
+      column_of_[number] = found.down[entries[k]];
       continue;
     }
     uint8_t* down = retained_ + neuron * row_bytes_;
-    if (down_[entries[k]] != down) std::memmove(down, down_[entries[k]], row_bytes_);
+    if (found.down[entries[k]] != down) std::memmove(down, found.down[entries[k]], row_bytes_);
     order_.place(neuron, 1.0f, neuron);
   }
 }
 
 /** Down columns of the neurons of a part that fire, in checkpoint order, into the part's sums. */
-void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread) {
+void StreamedExperts::add_part(const ExpertJob& job, const Found& found, size_t part, size_t thread) {
   const size_t hidden = padded_hidden(*config_);
   const size_t batch = config_->vector_batch();
   const size_t groups = group_count(config_->hidden_size);
@@ -379,7 +382,7 @@ void StreamedExperts::add_part(const ExpertJob& job, size_t part, size_t thread)
   if (job.is_single()) {
     Column* columns = columns_ + thread * part_room(config_->neuron_count);
     order_.for_part(part, [&](const SumOrder::Placed& placed) {
-      const uint8_t* down = down_[placed.where];
+      const uint8_t* down = found.down[placed.where];
       columns[count++] = {down, down + weight_bytes_, placed.factor};
     });
     thread_counters_[thread].rows += count;

@@ -13,7 +13,7 @@ class FaultyReader : public Reader {
   FaultyReader(std::unique_ptr<Reader> inner, size_t fail_read, size_t short_read)
       : inner_(std::move(inner)), fail_read_(fail_read), short_read_(short_read) {}
 
-  void submit(ReadRequest* requests, size_t count) override;
+  uint64_t submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override { return inner_->wait(request); }
   void poll() override { inner_->poll(); }
   std::string description() const override { return inner_->description(); }

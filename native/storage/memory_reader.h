@@ -14,13 +14,14 @@ class MemoryReader : public Reader {
   /** `name` stands for the file's path in errors. */
   MemoryReader(std::vector<uint8_t> bytes, std::string name) : bytes_(std::move(bytes)), name_(std::move(name)) {}
 
-  void submit(ReadRequest* requests, size_t count) override {
+  uint64_t submit(ReadRequest* requests, size_t count) override {
     for (size_t i = 0; i < count; i++) {
       ReadRequest& request = requests[i];
       const bool inside = request.offset <= bytes_.size() && request.bytes <= bytes_.size() - request.offset;
       if (inside) std::memcpy(request.buffer, bytes_.data() + request.offset, request.bytes);
       request.state.store(inside ? ReadRequest::kDone : ReadRequest::kFailed, std::memory_order_release);
     }
+    return 0;
   }
   Status wait(ReadRequest& request) override { return wait_notified(request, name_); }
   std::string description() const override { return "memory"; }

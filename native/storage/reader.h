@@ -38,8 +38,11 @@ class Reader {
  public:
   virtual ~Reader() = default;
 
-  /** Starts `count` reads and returns without waiting for them; any thread. */
-  virtual void submit(ReadRequest* requests, size_t count) = 0;
+  /**
+   * Starts `count` reads and returns without waiting for them, but for room where too many are under way; any thread.
+   * Returns how long it waited for room, in nanoseconds.
+   */
+  virtual uint64_t submit(ReadRequest* requests, size_t count) = 0;
 
   /** Waits until a request is done; any thread. A failed read is said in words, with the file's name. */
   virtual Status wait(ReadRequest& request) = 0;

@@ -17,7 +17,7 @@ SlowReader::~SlowReader() {
   lane_.join();
 }
 
-void SlowReader::submit(ReadRequest* requests, size_t count) {
+uint64_t SlowReader::submit(ReadRequest* requests, size_t count) {
   {
     const std::lock_guard<std::mutex> lock(lock_);
     for (size_t i = 0; i < count; i++) {
@@ -26,6 +26,7 @@ void SlowReader::submit(ReadRequest* requests, size_t count) {
     }
   }
   work_.notify_all();
+  return 0;
 }
 
 void SlowReader::serve() {

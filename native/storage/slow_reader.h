@@ -16,7 +16,7 @@ class SlowReader : public Reader {
   SlowReader(std::unique_ptr<Reader> inner, std::string path, size_t delay_us);
   ~SlowReader() override;
 
-  void submit(ReadRequest* requests, size_t count) override;
+  uint64_t submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override { return wait_notified(request, path_); }
   std::string description() const override;
 

@@ -26,7 +26,8 @@ ThreadsReader::~ThreadsReader() {
   close(descriptor_);
 }
 
-void ThreadsReader::submit(ReadRequest* requests, size_t count) {
+uint64_t ThreadsReader::submit(ReadRequest* requests, size_t count) {
+  uint64_t waited_ns = 0;
   for (size_t done = 0; done < count;) {
     {
       const std::lock_guard<std::mutex> lock(lock_);
@@ -36,8 +37,12 @@ void ThreadsReader::submit(ReadRequest* requests, size_t count) {
       }
     }
     work_.notify_all();
-    if (done < count) std::this_thread::yield();
+    if (done == count) break;
+    const uint64_t start = trace_now();
+    std::this_thread::yield();
+    waited_ns += trace_now() - start;
   }
+  return waited_ns;
 }
 
 void ThreadsReader::serve() {

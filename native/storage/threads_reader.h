@@ -18,7 +18,7 @@ class ThreadsReader : public Reader {
   ThreadsReader(int descriptor, std::string path, bool direct, size_t lanes);
   ~ThreadsReader() override;
 
-  void submit(ReadRequest* requests, size_t count) override;
+  uint64_t submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override { return wait_notified(request, path_); }
   std::string description() const override;
 

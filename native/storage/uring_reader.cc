@@ -93,11 +93,16 @@ void UringReader::enter(uint32_t submitted, bool sleep) {
   }
 }
 
-void UringReader::submit(ReadRequest* requests, size_t count) {
+uint64_t UringReader::submit(ReadRequest* requests, size_t count) {
+  uint64_t waited_ns = 0;
   for (size_t done = 0; done < count;) {
     const std::lock_guard<std::mutex> lock(lock_);
-    while (in_flight_ == entries_) {
-      if (reap() == 0) enter(0, true);
+    if (in_flight_ == entries_) {
+      const uint64_t start = trace_now();
+      while (in_flight_ == entries_) {
+        if (reap() == 0) enter(0, true);
+      }
+      waited_ns += trace_now() - start;
     }
     uint32_t tail = *sq_tail_;
     uint32_t added = 0;
@@ -117,6 +122,7 @@ void UringReader::submit(ReadRequest* requests, size_t count) {
     store_release(sq_tail_, tail);
     enter(added, false);
   }
+  return waited_ns;
 }
 
 size_t UringReader::reap() {

@@ -18,7 +18,7 @@ class UringReader : public Reader {
   static std::unique_ptr<UringReader> create(int descriptor, std::string path, bool direct);
   ~UringReader() override;
 
-  void submit(ReadRequest* requests, size_t count) override;
+  uint64_t submit(ReadRequest* requests, size_t count) override;
   Status wait(ReadRequest& request) override;
   void poll() override;
   std::string description() const override;
