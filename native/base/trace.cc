@@ -8,10 +8,9 @@
 namespace pi2 {
 namespace {
 
-constexpr const char* kNames[] = {
-    "none", "step", "embed", "layer",           "prefetch",   "fill", "attention", "ffn",  "predict",
-    "find", "plan", "round", "slots",           "resident",   "gate", "row",       "wait", "unit",
-    "sum",  "head", "read",  "missing neurons", "flash bytes"};
+constexpr const char* kNames[] = {"none",    "step", "embed", "layer", "prefetch",        "fill",       "attention", "ffn",
+                                  "predict", "find", "plan",  "round", "resident",        "gate",       "row",       "wait",
+                                  "unit",    "sum",  "head",  "read",  "missing neurons", "flash bytes"};
 /** Shorter spans are of tasks that found nothing to do: they are left out. */
 constexpr uint64_t kShortestNs = 100;
 

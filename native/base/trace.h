@@ -26,7 +26,6 @@ enum class TraceStage : uint16_t {
   kFind,     // which neurons are wanted; with everything in memory, their gate and up rows too
   kPlan,     // planning and submitting reads
   kRound,
-  kSlots,  // who of those that are read gets a place
   kResident,
   kGate,
   kRow,

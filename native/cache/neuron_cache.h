@@ -20,8 +20,7 @@
  * its own slots, so one layer cannot flush the next (the cliff of a global LRU). docs/CACHE.md has the traces that this was
  * chosen on.
  *
- * Threads: `touch` may run on several threads for distinct neurons; everything else on one thread at a time, while no other
- * looks.
+ * Threads: `touch` may run on several threads for distinct neurons; everything else on the planning thread, between regions.
  */
 #include <cstddef>
 #include <cstdint>

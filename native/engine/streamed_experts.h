@@ -9,7 +9,6 @@
  *   rounds   chunks in order, as many as half of the staging memory can take; while one is computed, the first reads of the
  *            next are under way
  *     plan     what must be read of each entry; near pages become one read
- *     slots    who of those that are read gets one
  *     resident stage  entries in memory: gate, up, activation
  *     gate stage      entries on flash whose gate came (phase 1): gate; for those that fire the rows are read (phase 2)
  *     row stage       rows as they land: up, activation; down rows stay until the sum
@@ -27,8 +26,7 @@
  * A whole chunk without gates in memory is read in sequence, the next layer's first ones while this layer is still computed.
  * A batch of tokens goes the same way with more entries.
  *
- * Threads: planning and the cache's bookkeeping happen on the caller's thread, between regions; but for slots, which one
- * task of a round gives out.
+ * Threads: planning and the cache's bookkeeping happen on the caller's thread, between regions.
  */
 #include <atomic>
 #include <memory>
@@ -225,7 +223,6 @@ class StreamedExperts : public Experts {
   void keep_room(Found& found, size_t chunk, Round* round);
   ReadRequest& add_range(size_t begin, size_t end, ReadList* list, size_t first_read);
   void submit_rows(Found& found, size_t chunk, size_t thread);
-  void give_slots(Found& found, const Round& round);
   void settle_round(Found& found, const Round& round, bool failed);
   void keep_fired(Found& found, size_t chunk);
   uint64_t submit(const ReadList& list);

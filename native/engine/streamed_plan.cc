@@ -76,6 +76,7 @@ void StreamedExperts::plan_chunk(Found& found, size_t chunk, Round* round) {
   for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
     if (found.state[entry] != kMissing) continue;
     const size_t neuron = found.open[entry];
+    if (kind != ChunkKind::kWhole) found.slot[entry] = cache_.admit(found.bank, neuron);
     if (kind == ChunkKind::kGates) {
       stream_counters_.asked_bytes += layout.part2_bytes;
       plan_rows(found, entry, list, first_read);
@@ -178,21 +179,6 @@ void StreamedExperts::submit_rows(Found& found, size_t chunk, size_t thread) {
   counters.row_stall_ns += submit(list);
   counters.reads += list.count;
   counters.read_bytes += list.staged_bytes;
-}
-
-/**
- * Gives slots to what a round reads, if it is worth one, in order: on one thread, whatever the gate stage drops meanwhile.
- * Reads need no slot, so this waits until they are under way.
- */
-void StreamedExperts::give_slots(Found& found, const Round& round) {
-  const TraceSpan span(pool_->trace(), TraceStage::kSlots);
-  for (size_t chunk = round.first_chunk; chunk < round.end_chunk; chunk++) {
-    if (found.kinds[chunk] == ChunkKind::kWhole) continue;
-    for (size_t entry = chunk * kNeuronChunk; entry < found.end_entry(chunk); entry++) {
-      if (found.state_of(entry) == kResident) continue;
-      found.slot[entry] = cache_.admit(found.bank, found.open[entry]);
-    }
-  }
 }
 
 /** Neurons whose rows have arrived in their slots are found from now on. */

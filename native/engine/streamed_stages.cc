@@ -13,8 +13,6 @@ namespace {
 
 constexpr size_t kStages = 3;
 constexpr TraceStage kStageNames[kStages] = {TraceStage::kResident, TraceStage::kGate, TraceStage::kRow};
-/** What must be done before a part's row stage: slots given out, the two stages before it. */
-constexpr uint32_t kBeforeRows = 3;
 /** Entries computed together: a list of rows begins without prefetched ones. */
 constexpr size_t kListRoom = 4 * kNeuronChunk;
 /** Looks at another thread's progress before this one gives its core away. */
@@ -27,15 +25,10 @@ void StreamedExperts::compute_round(const ExpertJob& job, Found& found, const Ro
   for (size_t part = 0; part < kParts; part++) progress_[part].stages.store(0, std::memory_order_relaxed);
   if (config_->stream.pipeline) {
     // Tasks begin in this order, and none waits for a later one.
-    pool_->run(1 + kStages * kParts, [&](size_t task, size_t thread) {
-      if (task > 0) return run_stage(job, found, round, (task - 1) / kParts, (task - 1) % kParts, thread);
-      give_slots(found, round);
-      for (size_t part = 0; part < kParts; part++) progress_[part].stages.fetch_add(1, std::memory_order_release);
-    });
+    pool_->run(kStages * kParts,
+               [&](size_t task, size_t thread) { run_stage(job, found, round, task / kParts, task % kParts, thread); });
   } else {
     // One matrix after the other, nothing computed while reads are under way: what the pipeline is measured against.
-    give_slots(found, round);
-    for (size_t part = 0; part < kParts; part++) progress_[part].stages.store(1, std::memory_order_relaxed);
     for (size_t stage = 0; stage < kStages; stage++) {
       const auto start = std::chrono::steady_clock::now();
       wait_everything(found, round);
@@ -67,7 +60,7 @@ void StreamedExperts::run_stage(const ExpertJob& job, Found& found, const Round&
   const size_t first = (round.first_chunk + kParts - 1 - part) / kParts * kParts + part;
   std::atomic<uint32_t>& progress = progress_[part].stages;
   if (stage == 2) {
-    for (int spin = 0; progress.load(std::memory_order_acquire) != kBeforeRows; spin++) {
+    for (int spin = 0; progress.load(std::memory_order_acquire) != 2; spin++) {
       if (spin < kSpins) {
         pause_cpu();
       } else {
