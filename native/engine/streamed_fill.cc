@@ -2,9 +2,10 @@
  * StreamedExperts: what is kept from the start (gates, hot neurons, those that slots begin with) comes into memory with the
  * first job of its bank, not at open: a model is open as soon as its fixed region is there.
  *
- * A job of several tokens that asks no predictor takes every chunk of a bank that is not filled for one that is read whole. A prompt reads it
- * all anyway; what has a place goes there as it lands, while others are computed (land_gates, land_rows). Any other job
- * wants some neurons where they are kept: for it `fill` reads just these before it begins, in rounds of the same long reads.
+ * A job of several tokens that asks no predictor takes every chunk of a bank that is not filled for one that is read whole.
+ * A prompt reads it all anyway; what has a place goes there as it lands, while others are computed (land_gates, land_rows).
+ * Any other job wants some neurons where they are kept: for it `fill` reads just these before it begins, in rounds of the
+ * same long reads.
  *
  * A bank counts as filled once a whole job, or `fill`, met no failure. Until then nothing is found in it, so a job that is
  * done again reads it again.
